@@ -1,0 +1,248 @@
+"""What crosses every module line: frozen dataclasses of JSON types, and the reading of sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Outcome = Literal[
+    "ok",
+    "over_budget",
+    "out_of_memory",
+    "unsupported",
+    "quality_loss",
+    "wrong_output",
+    "unstable",
+    "timeout",
+    "crashed",
+]
+Objective = Literal["end-to-end", "decode", "ttft"]
+OUTCOMES: tuple[Outcome, ...] = Outcome.__args__  # type: ignore[attr-defined]
+OBJECTIVES: tuple[Objective, ...] = Objective.__args__  # type: ignore[attr-defined]
+
+WEIGHTS = ("bf16", "fp32", "bnb-int8", "bnb-nf4", "bnb-fp4", "quanto-int8", "quanto-int4", "checkpoint")
+LM_HEADS = ("bf16", "fp32", "int8", "nf4")
+EMBEDDINGS = ("device", "host")
+CACHES = (
+    "dynamic",
+    "static",
+    "quantized-8",
+    "quantized-4",
+    "quantized-2",
+    "quantized-fp8",
+    "offloaded",
+    "sliding",
+)
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+LAUNCHES = ("eager", "graph", "compile")
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class LoadGroup:
+    """The knobs that need a reload to change."""
+
+    weights: str = "bf16"
+    lm_head: str = "bf16"
+    embeddings: str = "device"
+    draft: str = "none"  # "none", or the folder or ID of a draft model that is resident
+    draft_weights: str = "none"
+    attention: str = "sdpa"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One choice for every knob (the words are explained in the README).
+
+    `draft` is `none`, `prompt-lookup`, or the folder or ID of a draft model; with a draft model, depth 0 means that
+    it is resident but idle. `prefill_chunk` 0 means the whole prompt in one pass.
+    """
+
+    weights: str = "bf16"
+    lm_head: str = "bf16"
+    embeddings: str = "device"
+    draft: str = "none"
+    draft_weights: str = "none"
+    depth: int = 0
+    cache: str = "dynamic"
+    attention: str = "sdpa"
+    prefill_chunk: int = 0
+    launch: str = "eager"
+
+    def __post_init__(self) -> None:
+        """Settings without effect take their neutral value, so that equal behaviour compares equal."""
+        if self.draft == "none":
+            object.__setattr__(self, "depth", 0)
+        if self.draft in ("none", "prompt-lookup"):
+            object.__setattr__(self, "draft_weights", "none")
+        elif self.draft_weights == "none":
+            object.__setattr__(self, "draft_weights", self.weights)
+
+    @property
+    def has_draft_model(self) -> bool:
+        return self.draft not in ("none", "prompt-lookup")
+
+    @property
+    def load_group(self) -> LoadGroup:
+        return LoadGroup(
+            self.weights,
+            self.lm_head,
+            self.embeddings,
+            self.draft if self.has_draft_model else "none",
+            self.draft_weights,
+            self.attention,
+        )
+
+    @property
+    def quality_key(self) -> tuple[str, ...]:
+        """The knobs that can change what the model says; speculation and launch change speed only (promise 3)."""
+        chunk = str(self.prefill_chunk) if self.cache.startswith("quantized") else "any"
+        return (self.weights, self.lm_head, self.cache, self.attention, chunk)
+
+    @property
+    def complexity(self) -> int:
+        """How many knobs differ from the stock setting; a tie goes to the lower (promise 7)."""
+        stock = Configuration(weights=self.weights)
+        return sum(getattr(self, f.name) != getattr(stock, f.name) for f in dataclasses.fields(self))
+
+    def replace(self, **changes: Any) -> Configuration:
+        return dataclasses.replace(self, **changes)
+
+    def key(self) -> str:
+        """A stable text: equal for configurations that are the same thing."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that the footprint may ever be, on one device."""
+
+    bytes: int
+    device: str = "cpu"  # "cpu" or "cuda:N"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of the model: prompt lengths, new tokens per request, and where prompts and text come from."""
+
+    contexts: tuple[int, ...] = (512, 2048, 4096)
+    new_tokens: int = 128
+    objective: Objective = "end-to-end"
+    max_quality_loss: float = 0.05
+    text: str | None = None  # file of evaluation text; None is the held-out text of the bundled pair
+    prompts: str | None = None  # JSON Lines file with a "prompt" string a line; None cuts them from the text
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured (configuration, context). Missing figures are None: a failure never becomes a number.
+
+    Rates are tokens per second with a 95 % interval of the median over `samples`; bytes are peaks over load and
+    measurement. `samples` holds one entry per timed generation: `prompt`, `new_tokens`, `ttft_s`, `decode_s`,
+    `token_s` (seconds of each decode step), `tokens_per_step`, `proposed`, `accepted`. `memory` splits the footprint
+    by owner, in bytes. `quality` holds per-window log-probabilities' summaries and intervals.
+    """
+
+    configuration: Configuration
+    context_tokens: int
+    outcome: Outcome
+    reason: str = ""
+    tokens_per_s: float | None = None
+    tokens_per_s_interval: tuple[float, float] | None = None
+    decode_tokens_per_s: float | None = None
+    decode_tokens_per_s_interval: tuple[float, float] | None = None
+    ttft_s: float | None = None
+    ttft_s_interval: tuple[float, float] | None = None
+    acceptance: float | None = None
+    tokens_per_verification: float | None = None
+    peak_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    base_bytes: int | None = None  # what the process held on the device before any weight (the CUDA context)
+    memory: dict[str, int] = field(default_factory=dict)
+    witness: str = ""  # the instrument that saw peak_bytes
+    perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_interval: tuple[float, float] | None = None
+    kl_divergence: float | None = None
+    kl_divergence_p99: float | None = None
+    top1_agreement: float | None = None
+    quality: dict[str, Any] = field(default_factory=dict)
+    load_s: float | None = None
+    measure_s: float | None = None
+    stage: str = "search"  # "baseline", "search" or "final" (a finalist measured again)
+    samples: tuple[dict[str, Any], ...] = ()
+    machine: dict[str, Any] = field(default_factory=dict)  # clocks, temperature and load while it was measured
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_s_interval", "decode_tokens_per_s_interval", "ttft_s_interval"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if value is not None else None)
+        if self.perplexity_ratio_interval is not None:
+            object.__setattr__(self, "perplexity_ratio_interval", tuple(self.perplexity_ratio_interval))
+        object.__setattr__(self, "samples", tuple(self.samples))
+
+    def rate(self, objective: Objective) -> float:
+        """What the objective maximizes: tokens/s, or first tokens per second for `ttft`."""
+        value = {
+            "end-to-end": self.tokens_per_s,
+            "decode": self.decode_tokens_per_s,
+            "ttft": 1 / self.ttft_s if self.ttft_s else None,
+        }[objective]
+        if value is None:
+            raise ValueError(f"a record with outcome {self.outcome} has no {objective} figure")
+        return value
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Record:
+        known = {f.name for f in dataclasses.fields(cls)}
+        data = {key: value for key, value in data.items() if key in known}
+        return cls(**{**data, "configuration": Configuration(**data["configuration"])})
+
+
+_BYTE_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """A memory size in bytes: GB is 10^9 and GiB is 2^30, as accelerate reads them. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in _BYTE_UNITS:
+        raise ValueError(f"'{text}' is not a memory size; write it like 6.5GB, 6200MiB or 6GiB")
+    size = int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+    if size <= 0:
+        raise ValueError(f"'{text}' is not a positive memory size")
+    return size
+
+
+def parse_tokens(text: str) -> int:
+    """A token count; k is 1024 tokens. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9]+)\s*([kK]?)\s*", text)
+    if not match or int(match[1]) == 0:
+        raise ValueError(f"'{text}' is not a positive token count; write it like 512 or 4k")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
+def mib(size: int | float) -> str:
+    """Bytes for a person: MiB, always."""
+    return f"{size / MIB:,.0f} MiB"
