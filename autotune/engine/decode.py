@@ -1,0 +1,333 @@
+"""The one decode loop: prefill in chunks, then plain or speculative decoding, greedy or sampled, on any cache.
+
+Speculative decoding is that of Leviathan et al. (arXiv 2211.17192): a draft proposes `depth` tokens, the target scores
+them in one pass, the longest agreeing prefix is kept and one token of the target's own follows. Greedy output is that of
+the target alone; sampled output has the target's distribution. Prompt lookup drafts the continuation of the latest
+earlier occurrence of the last tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..config import Configuration, LoadGroup
+from .cache import make_cache, rollback, room, settle
+from .load import Progress, Unsupported, load_model
+
+NGRAM = 3  # longest suffix that prompt lookup searches for
+
+
+@dataclass
+class Generation:
+    """What one request produced. `step_s` and `step_tokens` have an entry per decode step, the prefill excluded.
+
+    `ttft_s` is from the request to the first token on the host; `decode_s` from there to the last.
+    """
+
+    tokens: list[int]
+    ttft_s: float
+    step_s: list[float] = field(default_factory=list)
+    step_tokens: list[int] = field(default_factory=list)
+    proposed: int = 0
+    accepted: int = 0
+    verifications: int = 0
+
+    @property
+    def decode_s(self) -> float:
+        return sum(self.step_s)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy. `seed` makes a sampled request repeatable."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Engine:
+    """A loaded load group: the target, and the draft model where there is one."""
+
+    def __init__(self, target: PreTrainedModel, draft: PreTrainedModel | None, group: LoadGroup, device: str):
+        self.target, self.draft, self.group, self.device = target, draft, group, device
+
+    @classmethod
+    def load(cls, folder: str, group: LoadGroup, device: str, progress: Progress = lambda phase: None) -> Engine:
+        """Read the load group's weights. Raises Unsupported; a CUDA or host allocation that fails passes through."""
+        progress("loading the target")
+        target = load_model(
+            folder,
+            weights=group.weights,
+            lm_head=group.lm_head,
+            embeddings=group.embeddings,
+            attention=group.attention,
+            device=device,
+        )
+        draft = None
+        if group.draft != "none":
+            progress("loading the draft")
+            draft = load_model(group.draft, weights=group.draft_weights, attention=group.attention, device=device)
+            check_draft(target, draft)
+        return cls(target, draft, group, device)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: list[int],
+        configuration: Configuration,
+        new_tokens: int,
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        stop: Collection[int] = (),
+        on_tokens: Callable[[list[int]], None] = lambda tokens: None,
+    ) -> Generation:
+        """Continue `prompt` by at most `new_tokens` tokens, ending early at a token of `stop`."""
+        capacity = len(prompt) + new_tokens + configuration.depth + 1
+        generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        began = time.perf_counter()
+        target = _Runner(self.target, configuration.cache, capacity, self.device, self.group.embeddings)
+        drafter = self._drafter(configuration, prompt, capacity)
+        logits = target.prefill(prompt, configuration.prefill_chunk)
+        first = int(_choose(logits[-1], sampling, generator))
+        if drafter is not None:
+            drafter.start(prompt)
+        now = time.perf_counter()
+        result = Generation([first], now - began)
+        on_tokens([first])
+        while len(result.tokens) < new_tokens and result.tokens[-1] not in stop:
+            tokens = self._step(target, drafter, result, configuration.depth, new_tokens, sampling, generator)
+            stopped = next((i for i, token in enumerate(tokens) if token in stop), None)
+            tokens = tokens if stopped is None else tokens[: stopped + 1]
+            result.tokens += tokens
+            then, now = now, time.perf_counter()
+            result.step_s.append(now - then)
+            result.step_tokens.append(len(tokens))
+            on_tokens(tokens)
+        return result
+
+    def _step(
+        self,
+        target: _Runner,
+        drafter: _ModelDraft | _PromptLookup | None,
+        result: Generation,
+        depth: int,
+        new_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> list[int]:
+        """One decode step: the tokens that it adds, at least one."""
+        depth = min(depth, target.room - 1, new_tokens - len(result.tokens) - 1)
+        pending = torch.tensor([result.tokens[-1]], device=self.device)
+        proposal = drafter.propose(result.tokens, depth, sampling, generator) if drafter and depth > 0 else None
+        if proposal is None:
+            logits = target.feed(pending)
+            token = int(_choose(logits[-1], sampling, generator))
+            target.settle()
+            if drafter is not None:
+                drafter.accept(0, 0)
+            return [token]
+        drafted, draft_probabilities = proposal
+        logits = target.feed(torch.cat([pending, drafted]))
+        kept, tokens = _verify(logits, drafted, draft_probabilities, sampling, generator)
+        target.rollback(len(drafted) - kept)
+        assert drafter is not None
+        drafter.accept(len(drafted), kept)
+        result.proposed += len(drafted)
+        result.accepted += kept
+        result.verifications += 1
+        return tokens
+
+    def _drafter(
+        self, configuration: Configuration, prompt: list[int], capacity: int
+    ) -> _ModelDraft | _PromptLookup | None:
+        if configuration.depth == 0:
+            return None
+        if configuration.draft == "prompt-lookup":
+            return _PromptLookup(prompt, self.device)
+        assert self.draft is not None
+        runner = _Runner(self.draft, configuration.cache, capacity, self.device, "device")
+        return _ModelDraft(runner, configuration.prefill_chunk)
+
+    @torch.inference_mode()
+    def score(
+        self, prompt: list[int], continuation: list[int], configuration: Configuration, step: int
+    ) -> torch.Tensor:
+        """The logits that predict each token of `continuation` after `prompt`, through the cache in use.
+
+        The prompt is prefilled in the configuration's chunks, then the continuation is fed `step` tokens at a time.
+        Returns [len(continuation), vocab] on the host, in the model's dtype.
+        """
+        target = _Runner(
+            self.target, configuration.cache, len(prompt) + len(continuation), self.device, self.group.embeddings
+        )
+        rows = [target.prefill(prompt, configuration.prefill_chunk)[-1:].cpu()]
+        for begin in range(0, len(continuation) - 1, step):
+            tokens = torch.tensor(continuation[begin : min(begin + step, len(continuation) - 1)], device=self.device)
+            rows.append(target.feed(tokens).cpu())
+            target.settle()
+        return torch.cat(rows)
+
+
+def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """Speculation compares token by token: the draft must have the target's vocabulary. Raises Unsupported."""
+    ours, theirs = (model.config.get_text_config(decoder=True).vocab_size for model in (target, draft))
+    if ours != theirs:
+        raise Unsupported(f"the draft has a vocabulary of {theirs} tokens, the target of {ours}")
+
+
+class _Runner:
+    """A model and its cache for one request: feeds tokens, returns logits [tokens, vocab]."""
+
+    def __init__(self, model: PreTrainedModel, cache: str, capacity: int, device: str, embeddings: str):
+        self.model, self.device = model, device
+        self.cache: Cache = make_cache(cache, model.config, capacity, device)
+        self.host_embeddings = model.get_input_embeddings() if embeddings == "host" and device != "cpu" else None
+
+    @property
+    def room(self) -> int:
+        return room(self.cache)
+
+    def feed(self, tokens: torch.Tensor, keep: int = 0) -> torch.Tensor:
+        """The logits after each of `tokens` ([n], on the device), or after the last `keep` of them."""
+        inputs = {"input_ids": tokens[None]}
+        if self.host_embeddings is not None:
+            inputs = {"inputs_embeds": self.host_embeddings(tokens.cpu())[None].to(self.device)}
+        output = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def prefill(self, prompt: list[int], chunk: int) -> torch.Tensor:
+        """Feed the prompt in chunks; only the last position's logits are ever computed."""
+        tokens = torch.tensor(prompt, device=self.device)
+        for part in tokens.split(chunk or len(prompt)):
+            logits = self.feed(part, keep=1)
+            self.settle()
+        return logits
+
+    def settle(self) -> None:
+        settle(self.cache)
+
+    def rollback(self, tokens: int) -> None:
+        rollback(self.cache, tokens)
+        settle(self.cache)
+
+
+class _ModelDraft:
+    """A draft model with a cache of its own. `unseen` are accepted tokens that its cache does not hold yet."""
+
+    def __init__(self, runner: _Runner, chunk: int):
+        self.runner, self.chunk = runner, chunk
+        self.seen = 0  # accepted tokens of the result that are in the cache
+
+    def start(self, prompt: list[int]) -> None:
+        self.runner.prefill(prompt, self.chunk)
+
+    def propose(
+        self, tokens: list[int], depth: int, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Up to `depth` tokens [k] and, when sampling, the distributions [k, vocab] that they were drawn from."""
+        unseen = torch.tensor(tokens[self.seen :], device=self.runner.device)
+        while len(unseen) > 1 and len(unseen) + depth - 1 > self.runner.room:  # catch up, then quantize what is final
+            self.runner.feed(unseen[:1], keep=1)
+            self.runner.settle()
+            self.seen, unseen = self.seen + 1, unseen[1:]
+        depth = min(depth, self.runner.room - len(unseen) + 1)
+        drafted, probabilities = [], []
+        feed = unseen
+        for _ in range(depth):
+            logits = self.runner.feed(feed, keep=1)[-1]
+            feed = _choose(logits, sampling, generator)[None]
+            drafted.append(feed)
+            if sampling.temperature > 0:
+                probabilities.append(_distribution(logits, sampling))
+        self.seen += len(unseen)
+        return torch.cat(drafted), torch.stack(probabilities) if probabilities else None
+
+    def accept(self, proposed: int, kept: int) -> None:
+        if proposed:
+            cached = proposed - 1  # the last proposed token was never fed
+            self.runner.rollback(cached - min(kept, cached))
+            self.seen += min(kept, cached)
+
+
+class _PromptLookup:
+    """Proposes what followed the latest earlier occurrence of the last NGRAM (or fewer) tokens."""
+
+    def __init__(self, prompt: list[int], device: str):
+        self.text, self.device = list(prompt), device
+        self.latest: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after it
+        self.indexed = 0
+        self.taken = 0
+
+    def start(self, prompt: list[int]) -> None:
+        self._index()
+
+    def _index(self) -> None:
+        """Index every n-gram that some token already follows."""
+        for after in range(self.indexed + 1, len(self.text)):
+            for size in range(1, min(NGRAM, after) + 1):
+                self.latest[tuple(self.text[after - size : after])] = after
+        self.indexed = max(self.indexed, len(self.text) - 1)
+
+    def propose(
+        self, tokens: list[int], depth: int, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        self.text += tokens[self.taken :]
+        self.taken = len(tokens)
+        self._index()
+        for size in range(min(NGRAM, len(self.text)), 0, -1):
+            begin = self.latest.get(tuple(self.text[-size:]))
+            if begin is not None:
+                return torch.tensor(self.text[begin : begin + depth], device=self.device), None
+        return None
+
+    def accept(self, proposed: int, kept: int) -> None:
+        pass
+
+
+def _distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    return torch.softmax(logits.float() / sampling.temperature, dim=-1)
+
+
+def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+    """One token, as a scalar tensor, from logits [vocab]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(_distribution(logits, sampling), 1, generator=generator)[0]
+
+
+def _verify(
+    logits: torch.Tensor,
+    drafted: torch.Tensor,
+    draft_probabilities: torch.Tensor | None,
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> tuple[int, list[int]]:
+    """How many drafted tokens [k] are kept, and the tokens that the step adds; asks the device once.
+
+    `logits` [k + 1, vocab] are the target's at each drafted position and after the last. Sampling follows Leviathan et
+    al., algorithm 1: keep a token with probability min(1, p / q), else draw from the normalized max(0, p - q).
+    """
+    count = len(drafted)
+    if sampling.temperature == 0:
+        own = logits.argmax(-1)
+        kept = (own[:-1] == drafted).cumprod(0).sum()
+        answer = torch.cat([kept[None], own[None].flatten()]).tolist()
+        return answer[0], answer[1 : answer[0] + 2]
+    target = _distribution(logits, sampling)
+    if draft_probabilities is None:
+        draft_probabilities = torch.nn.functional.one_hot(drafted, target.shape[-1]).float()
+    position = torch.arange(count, device=drafted.device)
+    ratio = target[position, drafted] / draft_probabilities[position, drafted]
+    draws = torch.rand(count, generator=generator, device=drafted.device)
+    kept = (draws < ratio).cumprod(0).sum()
+    padded = torch.cat([draft_probabilities, torch.zeros_like(target[:1])])
+    rest = (target[kept] - padded[kept]).clamp(min=0)
+    own_token = torch.multinomial(rest, 1, generator=generator)
+    answer = torch.cat([kept[None], drafted, own_token]).tolist()
+    return answer[0], [*answer[1 : answer[0] + 1], answer[-1]]

@@ -1,0 +1,240 @@
+"""Load a model tensor by tensor: each weight reaches the device alone and is quantized before the next one is read.
+
+So the peak while loading is the final footprint and one tensor more, embeddings can stay in host memory without ever
+visiting the device, and the same code serves a GPU and a CPU. Only safetensors are read. Checkpoints that are already
+quantized (GPTQ, AWQ, ...) go through transformers' own loader.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+Progress = Callable[[str], None]
+
+
+class Unsupported(Exception):
+    """This model, machine or combination cannot run it; the message says which and why."""
+
+
+def full_precision(device: str) -> str:
+    """The word for unquantized weights here: bf16, or fp32 on a processor without bf16 arithmetic."""
+    if device != "cpu":
+        return "bf16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def compute_dtype(weights: str, device: str) -> torch.dtype:
+    word = weights if weights in ("bf16", "fp32") else full_precision(device)
+    return torch.float32 if word == "fp32" else torch.bfloat16
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    weights: str = "bf16",
+    lm_head: str = "bf16",
+    embeddings: str = "device",
+    attention: str = "sdpa",
+    device: str = "cpu",
+    progress: Progress = lambda phase: None,
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode on `device`, its linear layers stored as `weights` says.
+
+    Raises Unsupported for a combination that this model or machine cannot run.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    dtype = compute_dtype(weights, device)
+    if weights == "checkpoint":
+        return _load_as_stored(folder, config, attention, device, lm_head, embeddings)
+    if getattr(config, "quantization_config", None) is not None:
+        raise Unsupported("the checkpoint is already quantized: only weights = checkpoint can load it")
+    model = _empty_model(config, dtype, attention)
+    tensors = _Tensors(Path(folder), model)
+    output = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
+    for name, module in list(model.named_modules()):
+        if module is output:
+            continue
+        target = "cpu" if module is embedding and embeddings == "host" else device
+        _place(module, name, tensors, dtype, target)
+        if type(module) is nn.Linear:
+            _replace(model, name, quantize_linear(module, weights, device))
+    if output is not None:
+        name = next(name for name, module in model.named_modules() if module is output)
+        if tied and lm_head in ("bf16", "fp32") and embeddings == "device":
+            output.weight = embedding.weight
+        else:
+            source = "weight" if tied else None
+            _place(output, _name_of(model, embedding) if source else name, tensors, dtype, device)
+        _replace(model, name, quantize_linear(output, _HEAD_WORDS[lm_head], device))
+    leftovers = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if leftovers:
+        raise Unsupported(f"the checkpoint has no tensor for {leftovers[0]} ({len(leftovers)} missing in all)")
+    return model.eval().requires_grad_(False)
+
+
+_HEAD_WORDS = {"bf16": "bf16", "fp32": "fp32", "int8": "quanto-int8", "nf4": "bnb-nf4"}
+
+
+def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
+    """The same layer with its weight stored as `word` says; consumes `linear`, whose weight is on `device`."""
+    if word in ("bf16", "fp32"):
+        return linear
+    assert isinstance(linear, nn.Linear)
+    if word.startswith("bnb"):
+        return _bitsandbytes_linear(linear, word, device)
+    from optimum.quanto import QLinear, qint4, qint8
+
+    quantized = QLinear.from_module(linear, weights=qint8 if word == "quanto-int8" else qint4)
+    linear.weight = None  # type: ignore[assignment] # frees the original before the packed copy is optimized
+    quantized.freeze()
+    quantized.requires_grad_(False)
+    return quantized  # type: ignore[no-any-return]
+
+
+def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module:
+    import bitsandbytes as bnb
+
+    weight, bias = linear.weight.data, linear.bias
+    linear.weight = None  # type: ignore[assignment]
+    if word == "bnb-int8":
+        layer = bnb.nn.Linear8bitLt(
+            linear.in_features, linear.out_features, bias is not None, has_fp16_weights=False, device="meta"
+        )
+        layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        layer = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias is not None,
+            compute_dtype=weight.dtype,
+            compress_statistics=True,
+            quant_type=word.removeprefix("bnb-"),
+            device="meta",
+        )
+        layer.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, compress_statistics=True, quant_type=word.removeprefix("bnb-"), module=layer
+        ).to(device)
+    layer.bias = bias
+    return layer  # type: ignore[no-any-return]
+
+
+def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+                config, dtype=dtype, attn_implementation=attention
+            )
+    except (ImportError, ValueError) as error:  # transformers' words for an attention that this model or machine lacks
+        raise Unsupported(str(error)) from error
+
+
+def _load_as_stored(
+    folder: str | Path, config: Any, attention: str, device: str, lm_head: str, embeddings: str
+) -> PreTrainedModel:
+    if getattr(config, "quantization_config", None) is None:
+        raise Unsupported("weights = checkpoint is for checkpoints that are already quantized; this one is not")
+    if lm_head not in ("bf16", "fp32") or embeddings != "device":
+        raise Unsupported("a checkpoint that is already quantized keeps its own lm_head and embeddings")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, device_map={"": device}, attn_implementation=attention, use_safetensors=True, local_files_only=True
+        )
+    except ImportError as error:  # the method's own package is not installed
+        raise Unsupported(str(error)) from error
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+class _Tensors:
+    """The checkpoint's tensors by the model's own names, read one at a time."""
+
+    def __init__(self, folder: Path, model: PreTrainedModel):
+        self._files = dict(_tensor_files(folder))
+        self._open: dict[Path, Any] = {}
+        prefix = model.base_model_prefix + "."
+        wanted = set(model.state_dict())
+        self._names = {}
+        for name in self._files:
+            for candidate in (name, prefix + name, name.removeprefix(prefix)):
+                if candidate in wanted:
+                    self._names[candidate] = name
+                    break
+        # Checkpoints whose tensors transformers renames or fuses while loading are read whole, in host memory.
+        self._converted: dict[str, torch.Tensor] = {}
+        missing = {name for name, _ in model.named_parameters()} - set(self._names)
+        if not all(name in model.all_tied_weights_keys for name in missing):
+            whole, report = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                raise Unsupported(f"the checkpoint has no tensor for {min(report['missing_keys'])}")
+            self._converted = whole.state_dict()
+
+    def get(self, name: str) -> torch.Tensor | None:
+        from safetensors import safe_open
+
+        if name in self._converted:
+            return self._converted[name]
+        stored = self._names.get(name)
+        if stored is None:
+            return None
+        path = self._files[stored]
+        if path not in self._open:
+            self._open.clear()  # one shard mapped at a time, so that its pages do not count for long
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path].get_tensor(stored)  # type: ignore[no-any-return]
+
+
+def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            yield name, folder / Path(file).name
+        return
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise Unsupported(f"{folder} has no model.safetensors: only safetensors checkpoints are read")
+    with safe_open(single, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+            yield name, single
+
+
+def _place(module: nn.Module, name: str, tensors: _Tensors, dtype: torch.dtype, device: str) -> None:
+    """Give a module's own parameters and buffers their stored values on the device."""
+    prefix = f"{name}." if name else ""
+    for key, parameter in list(module.named_parameters(recurse=False)):
+        stored = tensors.get(prefix + key)
+        if stored is None:
+            continue
+        if stored.shape != parameter.shape:
+            raise Unsupported(
+                f"{prefix}{key} has shape {tuple(stored.shape)}, the config says {tuple(parameter.shape)}"
+            )
+        wanted = dtype if stored.is_floating_point() else stored.dtype
+        # a copy, never a view of the mapped file: the file's pages would count as the process's memory
+        value = stored.to(device=device, dtype=wanted, copy=True)
+        module.register_parameter(key, nn.Parameter(value, requires_grad=False))
+    for key, buffer in list(module.named_buffers(recurse=False)):
+        stored = tensors.get(prefix + key)
+        module._buffers[key] = (buffer if stored is None else stored.to(buffer.dtype)).to(device)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, child, module)
