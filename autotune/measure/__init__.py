@@ -1,0 +1,1 @@
+"""What is measured of a loaded engine: memory, throughput and quality."""

@@ -1,0 +1,139 @@
+"""The cap, and the footprint as the process itself sees it.
+
+On a GPU the footprint is what NVML attributes to the process: the CUDA context, kernels' code, and everything that
+PyTorch's allocator has reserved. The allocator's own limit (torch.cuda.set_per_process_memory_fraction) is set to the
+budget minus the rest, before the first weight is read, and tightened when the rest grows.
+
+On a CPU the footprint is the resident set. RLIMIT_DATA limits what may still be allocated: an allocation past it fails
+in PyTorch with an ordinary exception, and the process stays usable. The kernel keeps the peak (VmHWM), which misses
+nothing however short, and forgets it when 5 is written to clear_refs (Linux, proc(5)).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import resource
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import mib
+
+
+class Meter:
+    """Holds this process to `budget_bytes` on `device`, and reads its peaks."""
+
+    def __init__(self, device: str, budget_bytes: int | None):
+        self.device, self.budget = device, budget_bytes
+        self.load_peak = 0
+        if self.is_cuda:
+            torch.zeros(1, device=device)  # creates the CUDA context
+            torch.cuda.synchronize(device)
+        self.base_bytes = self._outside()
+        self.cap()
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+    def cap(self) -> None:
+        """Leave to allocations what the budget leaves. Raises MemoryError where that is nothing."""
+        if self.budget is None:
+            return
+        outside = self._outside()
+        left = self.budget - outside
+        if left <= 0:
+            raise MemoryError(f"the process holds {mib(outside)} before any weight; the budget is {mib(self.budget)}")
+        if self.is_cuda:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, left / total), self.device)
+        else:
+            limit = _status("VmData") + left
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+    def begin(self) -> None:
+        """Forget earlier peaks and give back what is not in use."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.cap()
+        else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peaks(self) -> dict[str, int | None]:
+        """Peaks since `begin`, in bytes: the footprint, and what the allocator had in use and had reserved."""
+        if not self.is_cuda:
+            return {"peak_bytes": _status("VmHWM"), "peak_allocated_bytes": None, "peak_reserved_bytes": None}
+        torch.cuda.synchronize(self.device)
+        reserved = torch.cuda.max_memory_reserved(self.device)
+        return {
+            "peak_bytes": self._outside() + reserved,
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
+            "peak_reserved_bytes": reserved,
+        }
+
+    def _outside(self) -> int:
+        """What the process holds that the allocator does not govern; on a CPU, all that it holds now."""
+        if not self.is_cuda:
+            return _status("VmRSS")
+        used = process_bytes(self.device, os.getpid())
+        if used is None:  # NVML does not see this process (containers, WSL): a context's size as measured on an H100
+            return 640 * 2**20
+        return used - torch.cuda.memory_reserved(self.device)
+
+
+def process_bytes(device: str, pid: int) -> int | None:
+    """What NVML attributes to a process on a CUDA device, in bytes; None where it does not list the process."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    index = int(device.partition(":")[2] or 0)
+    uuid = str(torch.cuda.get_device_properties(index).uuid)
+    handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+        if process.pid == pid and process.usedGpuMemory is not None:
+            return int(process.usedGpuMemory)
+    return None
+
+
+def module_bytes(module: nn.Module | None) -> int:
+    """Bytes of the device storages behind a module's parameters and buffers, packed and nested ones included."""
+    if module is None:
+        return 0
+    storages: dict[int, int] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        for part in _parts(tensor):
+            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors inside a quantized one (quanto's wrappers, bitsandbytes' statistics)."""
+    parts: list[torch.Tensor] = []
+    state = getattr(tensor, "quant_state", None)
+    while state is not None:
+        parts += [value for value in (state.absmax, state.code, state.offset) if isinstance(value, torch.Tensor)]
+        state = state.state2
+    for name in ("SCB", "CB"):
+        value = getattr(tensor, name, None)
+        if isinstance(value, torch.Tensor):
+            parts.append(value)
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            parts += _parts(getattr(tensor, name))
+        return parts
+    return [*parts, tensor]
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

@@ -1,0 +1,110 @@
+"""How fast a configuration runs: rounds over the same prompts until the interval of the median is narrow.
+
+A round generates `new_tokens` after every prompt; its rate is all new tokens over all its time, so that a round is one
+sample of the workload. Decoding one request is bound by reading every weight once per step, prefill by arithmetic; both
+are taken from the same generation: time to first token, and the time from there to the last token.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..config import Configuration
+from ..engine.decode import Engine, Generation
+
+MIN_ROUNDS = 3
+MAX_ROUNDS = 8
+GOAL = 0.03  # relative half-width of the 95 % interval at which rounds end
+STABLE = 0.25  # relative half-width above which the figure is no figure
+# Student's t, two-sided 95 %, for 2 to 7 degrees of freedom
+_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+
+
+def measure_throughput(
+    engine: Engine,
+    configuration: Configuration,
+    prompts: list[list[int]],
+    new_tokens: int,
+    *,
+    limit_s: float,
+    on_round: Callable[[int], None] = lambda rounds: None,
+) -> tuple[list[dict[str, Any]], list[Generation]]:
+    """Raw samples of every timed generation, and the last round's generations. Warm-up is not among them."""
+    engine.generate(prompts[0], configuration, min(new_tokens, 2 * configuration.depth + 4))
+    samples: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    for done in range(1, MAX_ROUNDS + 1):
+        round_began = time.perf_counter()
+        generations = [engine.generate(prompt, configuration, new_tokens) for prompt in prompts]
+        samples += [_sample(done - 1, index, generation) for index, generation in enumerate(generations)]
+        on_round(done)
+        now = time.perf_counter()
+        if done >= MIN_ROUNDS:
+            _, low, high = rate_interval(samples, "tokens_per_s")
+            middle = (low + high) / 2
+            if (high - low) / 2 <= GOAL * middle or now - began + (now - round_began) > limit_s:
+                break
+    return samples, generations
+
+
+def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record's figures from raw samples: medians over rounds with 95 % intervals."""
+    figures: dict[str, Any] = {}
+    for name in ("tokens_per_s", "decode_tokens_per_s", "ttft_s"):
+        figures[name], low, high = rate_interval(samples, name)
+        figures[f"{name}_interval"] = (low, high)
+    proposed = sum(sample["proposed"] for sample in samples)
+    verifications = sum(sample["verifications"] for sample in samples)
+    if proposed:
+        figures["acceptance"] = sum(sample["accepted"] for sample in samples) / proposed
+        figures["tokens_per_verification"] = 1 + sum(sample["accepted"] for sample in samples) / verifications
+    return figures
+
+
+def rate_interval(samples: list[dict[str, Any]], name: str) -> tuple[float, float, float]:
+    """Median over rounds and its 95 % interval, by Student's t with the median's efficiency (sqrt(pi / 2))."""
+    values = _rounds(samples, name)
+    middle = statistics.median(values)
+    if len(values) < 2:
+        return middle, 0.0, math.inf
+    error = statistics.stdev(values) / math.sqrt(len(values)) * math.sqrt(math.pi / 2)
+    half = _T.get(len(values) - 1, 12.706) * error
+    return middle, max(0.0, middle - half), middle + half
+
+
+def _rounds(samples: list[dict[str, Any]], name: str) -> list[float]:
+    rounds: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples:
+        rounds.setdefault(sample["round"], []).append(sample)
+    return [_rate(round_samples, name) for round_samples in rounds.values()]
+
+
+def _rate(samples: list[dict[str, Any]], name: str) -> float:
+    ttft = sum(sample["ttft_s"] for sample in samples)
+    decode = sum(sum(sample["step_s"]) for sample in samples)
+    tokens = sum(sample["new_tokens"] for sample in samples)
+    match name:
+        case "tokens_per_s":
+            return float(tokens / (ttft + decode))
+        case "decode_tokens_per_s":
+            return float((tokens - len(samples)) / decode) if decode else 0.0
+        case _:
+            return float(ttft / len(samples))
+
+
+def _sample(number: int, prompt: int, generation: Generation) -> dict[str, Any]:
+    return {
+        "round": number,
+        "prompt": prompt,
+        "new_tokens": len(generation.tokens),
+        "ttft_s": round(generation.ttft_s, 6),
+        "step_s": [round(seconds, 6) for seconds in generation.step_s],
+        "step_tokens": generation.step_tokens,
+        "proposed": generation.proposed,
+        "accepted": generation.accepted,
+        "verifications": generation.verifications,
+    }
