@@ -412,7 +412,7 @@ def _pareto_section(view: _View) -> _Html:
         )
         if drawn:
             picture = _Pareto(view, answer, drawn)
-            parts.append(_figure(picture.figure(), 470, f"pareto-{answer.context}", 100))
+            parts.append(_figure(picture.figure(), 430, f"pareto-{answer.context}", 100))
             notes = [*picture.notes(), *notes]
         parts.append(_tag("p", " ".join(notes or [] if here else ["Nothing was measured."]), class_="note"))
     return _join(parts)
@@ -494,7 +494,7 @@ class _Pareto:
             line = {"color": _CHOSEN, "dash": "dash", "width": 1.2}
             ends = {"x": [self.left, self.right], "y": [self.limit] * 2}
             figure.add_scatter(**ends, mode="lines", line=line, name=f"limit, {self.limit:g} %", hoverinfo="skip")
-        rough = (self.high - self.bottom) / 6
+        rough = (self.high - self.bottom) / 8
         step = 10 ** math.floor(math.log10(rough))
         step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= rough)
         ticks = [round(step * i, 6) for i in range(math.ceil(self.bottom / step), math.floor(self.high / step) + 1)]
