@@ -61,7 +61,7 @@ _OTHER_TOWER = re.compile(r"(?:^|\.)(vision|visual|audio|multi_modal)")
 # What transformers fills in where a config.json leaves it out.
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 _FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
+    **{family: {} for family in ("llama", "phi3", "granite", "olmo2")},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"use_sliding_window": False, "max_window_layers": 28},
     "qwen3": {"use_sliding_window": False, "max_window_layers": 28, "head_dim": 128},
@@ -70,9 +70,6 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**_GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
     | {"sliding_window": 4096, "sliding_window_pattern": 6},
     "gpt_neox": {"attention_bias": True},
-    "phi3": {},
-    "granite": {},
-    "olmo2": {},
 }
 
 
@@ -170,8 +167,8 @@ def read_shape(folder: Path) -> ModelShape:
         raise PlanError(f"the sizes of model_type '{model_type}' do not follow from {folder / CONFIG} alone; {mend}")
     try:
         return _shape(model_type, {**_FAMILIES.get(model_type, {}), **_without_none(config)}, tensors)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise PlanError(f"{folder / CONFIG} lacks a usable value ({error}); download the model again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"{folder / CONFIG} has an unusable value ({error}); download the model again") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -276,9 +273,13 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, _Tenso
         blocks.append(LayerShape((), norms, norms * element))
         embedding = head = vocab * hidden
     kv = 2 * kv_heads * head_dim
-    caches = zip(blocks[:count], _windows(model_type, config, count), strict=True)
+    windows = _windows(model_type, config, count)
+    if len(windows) != count or not all(window is None or type(window) is int for window in windows):
+        raise ValueError("layer_types or sliding_window")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
     layers = tuple(
-        LayerShape(b.linears, b.other, b.other_stored, 0 if window == 0 else kv, window or None) for b, window in caches
+        LayerShape(block.linears, block.other, block.other_stored, 0 if window == 0 else kv, window or None)
+        for block, window in zip(blocks, windows, strict=False)
     )
     largest = max((max(n.out, n.inp) for b in blocks[:count] for n in b.linears), default=4 * hidden)
     return ModelShape(
@@ -295,7 +296,7 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, _Tenso
         lm_head_elements=head,
         tied=tied,
         element_bytes=element,
-        max_position_embeddings=config.get("max_position_embeddings", config.get("n_positions")),
+        max_position_embeddings=positions if isinstance(positions, int) else None,
         exact=bool(tensors),
         prequantized="quantization_config" in config,
     )
@@ -415,21 +416,11 @@ def predict(
     weights, head, embeddings, host = _model_bytes(target, c.weights, c.lm_head, c.embeddings)
     held = [_kv_bytes(layer, c.cache, tokens, c.depth, element) for layer in target.layers]
     kv = sum(sorted(held)[-2:]) if c.cache == "offloaded" else sum(held)  # one layer in use, the next on its way
-    full = sum(_kv_bytes(layer, "dynamic", tokens, 0, element) for layer in target.layers)
-    drafted = draft_kv = 0
-    if draft is not None and c.has_draft_model:
-        drafted = sum(_model_bytes(draft, c.draft_weights, "bf16", "device")[:3])
-        draft_cache = "static" if c.cache == "static" else "dynamic"
-        draft_element = _element(draft, c.draft_weights)
-        draft_kv = sum(_kv_bytes(layer, draft_cache, tokens, 0, draft_element) for layer in draft.layers)
+    drafted, draft_kv = _draft_bytes(draft, c, tokens) if draft is not None and c.has_draft_model else (0, 0)
     activations = _activations(target, c, context, tokens, kind)
-    slack = FRAGMENTS[kind]
-    if c.cache.startswith("quantized"):
-        slack += round(QUANTIZED_GROWTH_SLACK[kind] * full + GROWTH_SLACK[kind] * draft_kv)
-    elif c.cache != "static":
-        slack += round(GROWTH_SLACK[kind] * (kv + draft_kv))
+    slack = FRAGMENTS[kind] + _growth_slack(target, c, tokens, kv, draft_kv, kind)
     correction = _correction(calibration, c, kv + draft_kv + activations)
-    movable = max(0, activations + slack + round(correction))
+    movable = max(0, activations + slack + round(correction))  # a negative correction takes from these two
     activations = min(activations, movable)
     owners = {
         "base": calibration.base_bytes,
@@ -505,6 +496,24 @@ def _kv_bytes(layer: LayerShape, cache: str, tokens: int, depth: int, element: i
     grouped = cache.startswith("quantized") and cache != "quantized-fp8"
     recent = min(tokens, CACHE_WINDOW + depth) if grouped else 0
     return round(layer.kv_elements * (recent * element + (tokens - recent) * _cache_element(cache, element)))
+
+
+def _draft_bytes(draft: ModelShape, c: Configuration, tokens: int) -> tuple[int, int]:
+    """The draft model's weights, lm_head and embeddings, and its full-precision cache."""
+    cache, element = "static" if c.cache == "static" else "dynamic", _element(draft, c.draft_weights)
+    kv = sum(_kv_bytes(layer, cache, tokens, 0, element) for layer in draft.layers)
+    return sum(_model_bytes(draft, c.draft_weights, "bf16", "device")[:3]), kv
+
+
+def _growth_slack(target: ModelShape, c: Configuration, tokens: int, kv: int, draft_kv: int, kind: str) -> int:
+    """Outgrown blocks that stay with the allocator; a static cache has none."""
+    if c.cache == "static":
+        return 0
+    if not c.cache.startswith("quantized"):
+        return round(GROWTH_SLACK[kind] * (kv + draft_kv))
+    element = _element(target, c.weights)
+    full = sum(_kv_bytes(layer, "dynamic", tokens, 0, element) for layer in target.layers)
+    return round(QUANTIZED_GROWTH_SLACK[kind] * full + GROWTH_SLACK[kind] * draft_kv)
 
 
 def _cache_element(cache: str, element: int) -> float:

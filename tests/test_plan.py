@@ -272,7 +272,22 @@ def test_a_missing_folder_or_config_is_named(tmp_path, call):
         call(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\xff", '{"model_type": "llama", "hidden_size": "4"}'])
+UNUSABLE = [
+    json.dumps(SMALL | {"model_type": "gemma2"} | wrong)
+    for wrong in (
+        {"layer_types": ["full_attention"]},
+        {"layer_types": 3},
+        {"sliding_window": "all"},
+        {"num_key_value_heads": [1, 2, 2]},
+        {"num_hidden_layers": 0},
+        {"intermediate_size": 1.5},
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 100_000, "\xff", '{"model_type": "llama", "hidden_size": "4"}', *UNUSABLE]
+)
 def test_a_damaged_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(PlanError, match=r"config\.json"):
@@ -411,6 +426,11 @@ def test_every_cache_holds_less_than_the_full_one(llama):
     assert held["offloaded"].host_bytes == kv["dynamic"] * 30 // 32
 
 
+def test_a_short_quantized_cache_is_still_in_full_precision(llama):
+    dynamic, quantized = (at(llama, Configuration(cache=c), 20, new_tokens=4) for c in ("dynamic", "quantized-4"))
+    assert quantized.owners["kv_cache"] == dynamic.owners["kv_cache"]
+
+
 def test_a_sliding_layer_holds_its_window(hybrid):
     rows = plan.by_layer(hybrid, Configuration(cache="sliding"), 8192, 0)
     assert [row.kv_bytes // (2 * 8 * 256 * 2) for row in rows[:6]] == [512] * 5 + [8192]
@@ -486,6 +506,13 @@ def test_after_calibration_no_record_is_more_than_a_hundredth_above_its_predicti
     for measured, _ in pairs:
         said = at(llama, measured.configuration, measured.context_tokens, calibration=learned)
         assert said.total >= 0.99 * measured.peak_bytes - 2
+
+
+def test_one_high_record_among_many_is_still_covered(llama):
+    pairs = [(record(NF4, n, at(llama, NF4, n).total), at(llama, NF4, n)) for n in range(100, 10_100, 100)]
+    high = record(NF4, 5000, at(llama, NF4, 5000).total * 1.2)
+    learned = plan.calibrate([*pairs, (high, at(llama, NF4, 5000))], "cuda:0")
+    assert at(llama, NF4, 5000, calibration=learned).total >= 0.99 * high.peak_bytes - 2
 
 
 def test_a_steady_excess_is_learned_and_its_error_is_that_of_unseen_records(llama):
