@@ -1,0 +1,698 @@
+"""The footprint and the speed floor of a configuration, predicted before any weight is read.
+
+Shapes come from `config.json` and, where there are any, from the headers of the safetensors files (8 bytes of length
+and a JSON text, https://github.com/huggingface/safetensors#format). The physics:
+
+- A stored matrix costs its elements, and a quantized one its scales as well. The cache costs 2 * kv_heads * head_dim
+  elements per layer and token (kv_heads, not heads).
+- Activations peak in the pass with the most tokens, which is the prefill: some copies of the hidden state, and the
+  MLP's intermediate vectors or the attention's masks and repeated heads, whichever is more.
+- A decode step reads every weight and the whole cache once: bytes over bandwidth is its floor.
+
+`calibrate` learns from records what the physics leaves out. All sizes are in bytes unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from autotune.config import MIB, Budget, Configuration, Record
+
+BNB_BLOCK = 64  # weights that share one absmax
+BNB_NESTED_BLOCK = 256  # absmax values that share one second-level scale (double quantization)
+BNB_TABLES = 4 * (16 + 256 + 1)  # float32 code books of both levels and the offset, once per matrix
+QUANTO_GROUP = 128  # the largest group of qint4; reduced by 32 until it divides the row
+CACHE_GROUP = 64  # cache elements that share a scale and a zero point
+CACHE_GROUP_BYTES = 2 + 2  # that scale and zero point
+CACHE_WINDOW = 64  # latest tokens that a group-wise quantized cache keeps in full precision, beside the depth
+
+HIDDEN_COPIES = 4  # residual, normalized input, block output and their sum are alive together
+MASK_BYTES = 1  # the boolean mask; the kernel adds a copy of it in the activations' type
+SCORE_BYTES = 4  # eager softmax works in float32, between scores and probabilities in the activations' type
+LOGIT_BYTES = 4  # logits are cast to float32 for the choice of a token
+INT8_PRODUCT_BYTES = 4  # bnb-int8 accumulates a product in int32 before it is scaled
+DEQUANTIZED_FROM = {"bnb-nf4": 2, "bnb-fp4": 2, "nf4": 2, "quanto-int8": 1, "int8": 1}  # tokens; from there on the
+# whole matrix is expanded before the product
+LOAD_COPIES = {"bnb-int8": 2}  # half-precision copies of the matrix being quantized that outweigh a prefill's workspace
+WORKSPACE = {"cuda": 32 * MIB, "cpu": 0}  # cuBLAS keeps one per process (Hopper's; older GPUs take 8 MiB)
+FRAGMENTS = {"cuda": 50 * MIB, "cpu": 16 * MIB}  # partly used allocator segments
+# A cache that grows by concatenation leaves its outgrown blocks with the allocator: share of its full-precision size.
+GROWTH_SLACK = {"cuda": 0.30, "cpu": 0.05}
+QUANTIZED_GROWTH_SLACK = {"cuda": 0.42, "cpu": 0.10}  # and it is expanded and quantized again beside that
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
+_DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
+_DTYPE_BITS |= {"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}
+_ELEMENT_BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2}
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embed_tokens_per_layer)\.")
+_LM_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output)\.weight$")
+_MATRIX = re.compile(r"^(?!.*(?:embed|wpe|norm)).*\.weight$")
+_OTHER_TOWER = re.compile(r"(?:^|\.)(vision|visual|audio|multi_modal)")
+
+# What transformers fills in where a config.json leaves it out.
+_GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    **{family: {} for family in ("llama", "phi3", "granite", "olmo2")},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"use_sliding_window": False, "max_window_layers": 28},
+    "qwen3": {"use_sliding_window": False, "max_window_layers": 28, "head_dim": 128},
+    "gemma": {**_GEMMA, "num_key_value_heads": 16},
+    "gemma2": {**_GEMMA, "num_key_value_heads": 4, "sliding_window": 4096, "sliding_window_pattern": 2},
+    "gemma3_text": {**_GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
+    | {"sliding_window": 4096, "sliding_window_pattern": 6},
+    "gpt_neox": {"attention_bias": True},
+}
+
+
+class PlanError(ValueError):
+    """A model folder that cannot be planned for; the message names it and what mends it."""
+
+
+class Linear(NamedTuple):
+    """A weight matrix of `out` rows and `inp` columns; `stored` is its size in the checkpoint."""
+
+    name: str
+    out: int
+    inp: int
+    stored: int
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer, or what lies outside of them: its matrices, its other elements, its share of the cache."""
+
+    linears: tuple[Linear, ...]
+    other: int = 0  # elements of norms, biases and whatever is never quantized
+    other_stored: int = 0
+    kv_elements: int = 0  # keys and values per token
+    window: int | None = None  # tokens that a sliding layer attends to
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that `predict` knows of a model. Counts are elements; `stored` counts are bytes in the checkpoint."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    layers: tuple[LayerShape, ...]
+    rest: LayerShape  # what is outside the layers: the final norm, position embeddings, other towers
+    embedding_elements: int
+    lm_head_elements: int
+    tied: bool
+    element_bytes: int  # of the checkpoint's unquantized tensors
+    max_position_embeddings: int | None
+    exact: bool  # read from tensor headers, not from formulas
+    prequantized: bool
+
+    @property
+    def parameters(self) -> int:
+        """Elements in all, a tied lm_head once."""
+        blocks = sum(n.out * n.inp for n in self._linears) + sum(block.other for block in (*self.layers, self.rest))
+        return blocks + self.embedding_elements + (0 if self.tied else self.lm_head_elements)
+
+    @cached_property
+    def _linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for block in (*self.layers, self.rest) for linear in block.linears)
+
+    @cached_property
+    def largest_linear(self) -> int:
+        """Elements of the largest matrix that is quantized."""
+        return max((n.out * n.inp for n in self._linears), default=self.hidden_size * self.intermediate_size)
+
+    @cached_property
+    def mlp_copies(self) -> int:
+        """Vectors of the intermediate size that are alive together: activation, up and product; or in and out."""
+        names = " ".join(linear.name for linear in self._linears)
+        return 4 if "gate_up" in names else 3 if "gate" in names or "w3" in names else 2
+
+
+def check_folder(folder: Path) -> None:
+    """Raises PlanError unless the folder holds a config.json and whole safetensors files (headers only are read)."""
+    _read_config(folder)
+    if _tensors(folder):
+        return
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        mend = "save the model again with save_pretrained, which writes safetensors"
+        raise PlanError(f"{folder} has only pickled weights ({pickled[0]}), which can run code when read; {mend}")
+    raise PlanError(f"no {SINGLE} and no {INDEX} in {folder}; download the model's weights into it")
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The model's shape, from its tensors' headers or else its family's formulas.
+
+    A `text_config` is followed. Raises PlanError (a ValueError) for a folder or family that cannot be read.
+    """
+    whole = _read_config(folder)
+    text = whole.get("text_config")
+    config = {**whole, **_without_none(text)} if isinstance(text, dict) else whole
+    tensors = _tensors(folder)
+    model_type = str(config.get("model_type", "unknown"))
+    if not tensors and model_type not in _FAMILIES:
+        mend = f"put its safetensors beside it, or use one of {', '.join(_FAMILIES)}"
+        raise PlanError(f"the sizes of model_type '{model_type}' do not follow from {folder / CONFIG} alone; {mend}")
+    try:
+        return _shape(model_type, {**_FAMILIES.get(model_type, {}), **_without_none(config)}, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"{folder / CONFIG} has an unusable value ({error}); download the model again") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise PlanError(f"the folder {folder} does not exist; give the folder of a downloaded model")
+    if not (folder / CONFIG).is_file():
+        raise PlanError(f"no {CONFIG} in {folder}; give the folder of a Hugging Face model")
+    return _read_json(folder / CONFIG)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path} is not JSON ({error}); download it again") from error
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    if not isinstance(data, dict):
+        raise PlanError(f"{path} does not hold a JSON object; download it again")
+    return data
+
+
+def _without_none(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
+
+
+class _Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    stored: int
+
+
+def _tensors(folder: Path) -> dict[str, _Tensor]:
+    """Every tensor of the checkpoint by name; empty where the folder has no safetensors."""
+    if (folder / SINGLE).is_file():
+        return _header(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        return {}
+    shards = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(n, str) and Path(n).name == n for n in shards.values()):
+        raise PlanError(f"{folder / INDEX} has no weight_map of file names; download it again")
+    tensors: dict[str, _Tensor] = {}
+    for shard in sorted(set(shards.values())):
+        tensors |= _header(folder / shard)
+    if missing := shards.keys() - tensors.keys():
+        raise PlanError(f"{folder / INDEX} names '{min(missing)}', which no shard holds; download the model again")
+    return tensors
+
+
+def _header(path: Path) -> dict[str, _Tensor]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise PlanError(f"{path} is truncated or no safetensors file ({size} bytes); download it again")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor(entry) for name, entry in header.items()}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read ({error.strerror}); download it again") from error
+    except PlanError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise PlanError(f"{path} has a damaged safetensors header ({error}); download it again") from error
+    if 8 + length + end > size:
+        raise PlanError(f"{path} is truncated: it holds {size:,} of {8 + length + end:,} bytes; download it again")
+    return tensors
+
+
+def _tensor(entry: dict[str, Any]) -> _Tensor:
+    begin, end = entry["data_offsets"]
+    shape, bits = tuple(entry["shape"]), _DTYPE_BITS.get(entry["dtype"])
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or begin > end:
+        raise ValueError("a shape or an offset is not a size")
+    if bits is not None and math.prod(shape) * bits != 8 * (end - begin):
+        raise ValueError("a tensor's shape and its bytes differ")
+    return _Tensor(shape, entry["dtype"], end - begin)
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int:
+    value = next((config[name] for name in names if name in config), None)
+    if type(value) is not int or value < 1:
+        raise KeyError(names[0])
+    return value
+
+
+def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, _Tensor]) -> ModelShape:
+    hidden, heads = _first(config, "hidden_size", "n_embd"), _first(config, "num_attention_heads", "n_head")
+    kv_heads = _first(config, "num_key_value_heads", "num_attention_heads", "n_head")
+    head_dim = _first({"head_dim": hidden // heads, **config}, "head_dim")
+    vocab, count = _first(config, "vocab_size"), _first(config, "num_hidden_layers", "n_layer")
+    element = _ELEMENT_BYTES.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."), 2)
+    tied = bool(config.get("tie_word_embeddings", False))
+    if tensors:
+        blocks, embedding, head = _sort_tensors(tensors, count)
+        tied, head = (tied or head == 0), head or vocab * hidden
+    else:
+        blocks = [_formula(model_type, config, hidden, heads * head_dim, kv_heads * head_dim, element)] * count
+        norms = 2 * hidden if model_type == "gpt_neox" else hidden
+        blocks.append(LayerShape((), norms, norms * element))
+        embedding = head = vocab * hidden
+    kv = 2 * kv_heads * head_dim
+    windows = _windows(model_type, config, count)
+    if len(windows) != count or not all(window is None or type(window) is int for window in windows):
+        raise ValueError("layer_types or sliding_window")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    layers = tuple(
+        LayerShape(block.linears, block.other, block.other_stored, 0 if window == 0 else kv, window or None)
+        for block, window in zip(blocks, windows, strict=False)
+    )
+    largest = max((max(n.out, n.inp) for b in blocks[:count] for n in b.linears), default=4 * hidden)
+    return ModelShape(
+        model_type=model_type,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=_first({"largest": largest, **config}, "intermediate_size", "largest"),
+        layers=layers,
+        rest=blocks[count],
+        embedding_elements=embedding,
+        lm_head_elements=head,
+        tied=tied,
+        element_bytes=element,
+        max_position_embeddings=positions if isinstance(positions, int) else None,
+        exact=bool(tensors),
+        prequantized="quantization_config" in config,
+    )
+
+
+def _sort_tensors(tensors: Mapping[str, _Tensor], count: int) -> tuple[list[LayerShape], int, int]:
+    """The blocks (`count` layers, then the rest), the elements of the embedding and those of the lm_head."""
+    linears: list[list[Linear]] = [[] for _ in range(count + 1)]
+    other, stored, embedding, head = [0] * (count + 1), [0] * (count + 1), 0, 0
+    for name, tensor in tensors.items():
+        elements = math.prod(tensor.shape)
+        layer = None if _OTHER_TOWER.search(name) else _LAYER.search(name)
+        block = min(int(layer[1]), count) if layer else count
+        if len(tensor.shape) == 2 and layer is None and _LM_HEAD.search(name):
+            head += elements
+        elif len(tensor.shape) == 2 and layer is None and _EMBEDDING.search(name):
+            embedding += elements
+        elif len(tensor.shape) == 2 and tensor.dtype[0] in "FB" and _MATRIX.search(name):
+            linears[block].append(Linear(name, tensor.shape[0], tensor.shape[1], tensor.stored))
+        else:
+            other[block], stored[block] = other[block] + elements, stored[block] + tensor.stored
+    return [LayerShape(tuple(n), o, s) for n, o, s in zip(linears, other, stored, strict=True)], embedding, head
+
+
+def _formula(family: str, config: dict[str, Any], hidden: int, q: int, kv: int, element: int) -> LayerShape:
+    """One layer of a known family; `q` and `kv` are the widths of the query and of the key projections."""
+    inner = _first(config, "intermediate_size")
+    attention, mlp = config.get("attention_bias", False), config.get("mlp_bias", False)
+    shapes = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    shapes |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    other = (4 if family in ("gemma2", "gemma3_text") else 2) * hidden  # norms
+    match family:
+        case "gpt_neox":
+            shapes = {"query_key_value": (3 * hidden, hidden), "dense": (hidden, hidden)}
+            shapes |= {"dense_h_to_4h": (inner, hidden), "dense_4h_to_h": (hidden, inner)}
+            other += 2 * hidden + inner + hidden + (4 * hidden if attention else 0)
+        case "phi3":
+            shapes = {"qkv_proj": (q + 2 * kv, hidden), "o_proj": (hidden, q)}
+            shapes |= {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+        case "qwen2":
+            other += q + 2 * kv
+        case "llama" | "qwen3" | "gemma" | "gemma2" | "gemma3_text" | "granite" | "olmo2":
+            other += (q + 2 * kv + hidden if attention else 0) + (2 * inner + hidden if mlp else 0)
+    if family in ("qwen3", "gemma3_text"):
+        other += 2 * config.get("head_dim", 0)
+    elif family == "olmo2":
+        other += q + kv
+    linears = tuple(Linear(name, out, inp, out * inp * element) for name, (out, inp) in shapes.items())
+    return LayerShape(linears, other, other * element)
+
+
+def _windows(family: str, config: Mapping[str, Any], count: int) -> list[int | None]:
+    """Per layer: the window, None for full attention, 0 for a layer that keeps no keys and values."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    kinds = config.get("layer_types")
+    if kinds is None:
+        pattern, first = config.get("sliding_window_pattern"), config.get("max_window_layers", 0)
+        if pattern:
+            sliding = [bool((layer + 1) % pattern) for layer in range(count)]
+        else:
+            sliding = [family in ("mistral", "phi3", "qwen2", "qwen3") and layer >= first for layer in range(count)]
+        return [window if slides else None for slides in sliding]
+    sizes = {"sliding_attention": window, "chunked_attention": config.get("attention_chunk_size")}
+    sizes |= {"linear_attention": 0, "conv": 0, "mamba": 0}
+    return [sizes.get(kind) for kind in kinds]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the process holds before any weight, and what measurement added to the formulas.
+
+    `corrections` maps words of the configuration to an offset (bytes) and a share of cache and activations to add.
+    `error` is the relative error of `total` (95th percentile) on records that were left out of the fit; None where
+    there were none.
+    """
+
+    base_bytes: int
+    corrections: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    error: float | None = None
+
+
+DEFAULT = {"cuda": Calibration(610 * MIB), "cpu": Calibration(480 * MIB)}  # a CUDA context; Python with torch
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on the device by owner, bytes on the host, and the floor of one decode step in seconds.
+
+    With speculation the floor is that of one verification, without the drafting.
+    """
+
+    owners: dict[str, int]
+    host_bytes: int
+    kv_bytes_per_token: int
+    decode_floor_s: float | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(self.owners.values())
+
+
+def predict(
+    target: ModelShape,
+    draft: ModelShape | None,
+    configuration: Configuration,
+    context: int,
+    new_tokens: int,
+    device: str,
+    calibration: Calibration,
+    bandwidth: float | None = None,
+) -> Prediction:
+    """The footprint at `context` prompt tokens and `new_tokens` more; `bandwidth` is the memory's, bytes per second."""
+    if configuration.has_draft_model and draft is None:
+        raise PlanError(f"the shape of the draft {configuration.draft} is needed; give its folder")
+    c, kind, tokens = configuration, device.partition(":")[0], context + new_tokens + configuration.depth
+    element = _element(target, c.weights)
+    weights, head, embeddings, host = _model_bytes(target, c.weights, c.lm_head, c.embeddings)
+    held = [_kv_bytes(layer, c.cache, tokens, c.depth, element) for layer in target.layers]
+    kv = sum(sorted(held)[-2:]) if c.cache == "offloaded" else sum(held)  # one layer in use, the next on its way
+    drafted, draft_kv = _draft_bytes(draft, c, tokens) if draft is not None and c.has_draft_model else (0, 0)
+    activations = _activations(target, c, context, tokens, kind)
+    slack = FRAGMENTS[kind] + _growth_slack(target, c, tokens, kv, draft_kv, kind)
+    correction = _correction(calibration, c, kv + draft_kv + activations)
+    movable = max(0, activations + slack + round(correction))  # a negative correction takes from these two
+    activations = min(activations, movable)
+    owners = {
+        "base": calibration.base_bytes,
+        "weights": weights,
+        "lm_head": head,
+        "embeddings": embeddings,
+        "draft": drafted,
+        "kv_cache": kv,
+        "draft_kv_cache": draft_kv,
+        "activations": activations,
+        "slack": movable - activations,
+    }
+    floor = (weights + head + sum(held)) / bandwidth if bandwidth else None
+    per_token = sum(layer.kv_elements for layer in target.layers) * _cache_element(c.cache, element)
+    return Prediction(owners, host + sum(held) - kv, round(per_token), floor)
+
+
+def _element(shape: ModelShape, weights: str) -> int:
+    """Bytes of an unquantized element: norms, activations and full-precision cache."""
+    return {"fp32": 4, "checkpoint": shape.element_bytes}.get(weights, 2)
+
+
+def _matrix_bytes(word: str, linear: Linear, element: int) -> int:
+    """A matrix as `word` stores it, with its scales."""
+    elements = linear.out * linear.inp
+    match word:
+        case "bnb-nf4" | "bnb-fp4" | "nf4":
+            blocks = -(-elements // BNB_BLOCK)
+            return -(-elements // 2) + blocks + 4 * -(-blocks // BNB_NESTED_BLOCK) + BNB_TABLES
+        case "bnb-int8":
+            return elements + 4 * linear.out
+        case "quanto-int8" | "int8":
+            return elements + element * linear.out
+        case "quanto-int4":
+            return -(-elements // 2) + 2 * element * elements // quanto_group(linear.inp)
+        case "checkpoint":
+            return linear.stored
+    return element * elements
+
+
+def quanto_group(inp: int) -> int:
+    """Elements that share a scale and a shift in quanto's qint4: the whole row where no group divides it."""
+    return next((g for g in range(QUANTO_GROUP, 31, -32) if inp > QUANTO_GROUP and inp % g == 0), inp)
+
+
+def _block_bytes(block: LayerShape, word: str, element: int) -> int:
+    other = block.other_stored if word == "checkpoint" else block.other * element
+    return other + sum(_matrix_bytes(word, linear, element) for linear in block.linears)
+
+
+def _model_bytes(shape: ModelShape, weights: str, lm_head: str, embeddings: str) -> tuple[int, int, int, int]:
+    """Linears with norms, lm_head and embeddings on the device; embeddings on the host.
+
+    A tied lm_head that is stored as the embedding is counts once, as lm_head.
+    """
+    if weights == "checkpoint" and shape.prequantized and not shape.exact:
+        raise PlanError(f"a quantized {shape.model_type} checkpoint needs its safetensors to be sized; download them")
+    element = _element(shape, weights)
+    blocks = sum(_block_bytes(block, weights, element) for block in (*shape.layers, shape.rest))
+    embedding = shape.embedding_elements * element
+    rows = Linear("lm_head", shape.lm_head_elements // shape.hidden_size, shape.hidden_size, 0)
+    head = _matrix_bytes(lm_head, rows, 4 if lm_head == "fp32" else element)
+    if embeddings == "host":
+        return blocks, head, 0, embedding
+    shared = shape.tied and head == rows.out * rows.inp * element
+    return blocks, head, embedding - head if shared else embedding, 0
+
+
+def _kv_bytes(layer: LayerShape, cache: str, tokens: int, depth: int, element: int) -> int:
+    """One layer's keys and values of `tokens` tokens."""
+    if layer.window and cache in ("dynamic", "sliding"):
+        tokens = min(tokens, layer.window)
+    grouped = cache.startswith("quantized") and cache != "quantized-fp8"
+    recent = min(tokens, CACHE_WINDOW + depth) if grouped else 0
+    return round(layer.kv_elements * (recent * element + (tokens - recent) * _cache_element(cache, element)))
+
+
+def _draft_bytes(draft: ModelShape, c: Configuration, tokens: int) -> tuple[int, int]:
+    """The draft model's weights, lm_head and embeddings, and its full-precision cache."""
+    cache, element = "static" if c.cache == "static" else "dynamic", _element(draft, c.draft_weights)
+    kv = sum(_kv_bytes(layer, cache, tokens, 0, element) for layer in draft.layers)
+    return sum(_model_bytes(draft, c.draft_weights, "bf16", "device")[:3]), kv
+
+
+def _growth_slack(target: ModelShape, c: Configuration, tokens: int, kv: int, draft_kv: int, kind: str) -> int:
+    """Outgrown blocks that stay with the allocator; a static cache has none."""
+    if c.cache == "static":
+        return 0
+    if not c.cache.startswith("quantized"):
+        return round(GROWTH_SLACK[kind] * (kv + draft_kv))
+    element = _element(target, c.weights)
+    full = sum(_kv_bytes(layer, "dynamic", tokens, 0, element) for layer in target.layers)
+    return round(QUANTIZED_GROWTH_SLACK[kind] * full + GROWTH_SLACK[kind] * draft_kv)
+
+
+def _cache_element(cache: str, element: int) -> float:
+    """Bytes of a cached element, with its share of scale and zero point."""
+    match cache:
+        case "quantized-8" | "quantized-4" | "quantized-2":
+            return int(cache[-1]) / 8 + CACHE_GROUP_BYTES / CACHE_GROUP
+        case "quantized-fp8":
+            return 1
+    return element
+
+
+def _activations(shape: ModelShape, c: Configuration, context: int, tokens: int, kind: str) -> int:
+    """The transient peak: loading, prefill or decode; a captured decode step keeps its own pool beside the others."""
+    chunk = min(c.prefill_chunk or context, context)
+    keys = tokens if c.cache == "static" and chunk < context else context
+    load = LOAD_COPIES.get(c.weights, 0) * shape.largest_linear * 2
+    prefill = _pass_bytes(shape, c, chunk, keys, chunk < context, 1, kind)
+    decode = _pass_bytes(shape, c, c.depth + 1, tokens, True, c.depth + 1, kind)
+    peak = max(load, prefill, decode) if c.launch == "eager" else max(load, prefill) + decode
+    return peak + WORKSPACE[kind]
+
+
+def _pass_bytes(
+    shape: ModelShape, c: Configuration, queries: int, keys: int, past: bool, logits: int, kind: str
+) -> int:
+    """The peak of one forward pass of `queries` tokens over `keys` cached tokens."""
+    element = _element(shape, c.weights)
+    hidden = HIDDEN_COPIES * queries * shape.hidden_size * element
+    head = logits * shape.vocab_size * (element + LOGIT_BYTES)
+    if c.lm_head in DEQUANTIZED_FROM and not (c.lm_head == "int8" and kind == "cpu"):
+        head += (logits >= DEQUANTIZED_FROM[c.lm_head]) * shape.lm_head_elements * element
+    mlp = _mlp_bytes(shape, c.weights, queries, element, kind)
+    return hidden + max(head, mlp, _attention_bytes(shape, c, queries, keys, past, kind))
+
+
+def _mlp_bytes(shape: ModelShape, weights: str, queries: int, element: int, kind: str) -> int:
+    """Intermediate vectors; or all but the last of them and the workspace of the product that makes the last."""
+    vector = queries * shape.intermediate_size * element
+    workspace = 0
+    if weights == "bnb-int8":
+        workspace = queries * shape.intermediate_size * INT8_PRODUCT_BYTES + vector
+    elif weights in DEQUANTIZED_FROM and not (weights == "quanto-int8" and kind == "cpu"):  # a CPU multiplies int8
+        workspace = (queries >= DEQUANTIZED_FROM[weights]) * shape.largest_linear * element
+    return max(shape.mlp_copies * vector, (shape.mlp_copies - 1) * vector + workspace)
+
+
+def _attention_bytes(shape: ModelShape, c: Configuration, queries: int, keys: int, past: bool, kind: str) -> int:
+    """Masks, heads repeated for kernels without grouped queries, eager scores, and the cache as it is read."""
+    element, grouped = _element(shape, c.weights), shape.heads != shape.kv_heads
+    layer = 2 * shape.kv_heads * shape.head_dim * keys * element
+    repeated = 2 * shape.heads * shape.head_dim * keys * element if grouped else 0
+    pairs = queries * keys
+    sliding = any(block.window and keys > block.window for block in shape.layers)
+    unfused = c.attention == "sdpa" and kind == "cuda" and element == 4 and grouped  # flash has no float32
+    needed = 0
+    if c.attention == "eager" or (unfused and queries > 1):
+        needed = shape.heads * pairs * (2 * element + SCORE_BYTES) + pairs * element + repeated
+    elif c.attention == "sdpa" and queries > 1 and (past or sliding):
+        needed = pairs * (MASK_BYTES + element) + repeated
+    if past and c.cache.startswith("quantized"):
+        return needed + layer  # expanded for the pass
+    return max(needed, layer // 2 if past and c.cache != "static" else 0)  # new keys beside the old, then the values
+
+
+_COMPLETED = ("ok", "quality_loss", "wrong_output", "unstable")  # their peaks were not cut short
+
+
+def calibrate(pairs: Iterable[tuple[Record, Prediction]], device: str) -> Calibration:
+    """Learns offsets from records and what `predict` said of them with `DEFAULT`, all of one machine and workload.
+
+    Afterwards no record's prediction is more than 1 % below its measured peak. Records that failed are not used.
+    """
+    default = DEFAULT[device.partition(":")[0]]
+    kept = [(r, p) for r, p in pairs if r.outcome in _COMPLETED and r.peak_bytes]
+    fitted = _fit(kept, default)
+    errors = []
+    for i, (record, prediction) in enumerate(kept if len(kept) > 1 else ()):
+        others = _fit(kept[:i] + kept[i + 1 :], default)
+        body = prediction.total - prediction.owners["base"]
+        said = others.base_bytes + body + _correction(others, record.configuration, _moving(prediction))
+        errors.append(abs(said / (record.peak_bytes or 1) - 1))
+    return Calibration(fitted.base_bytes, fitted.corrections, _high(errors) if errors else None)
+
+
+def _keys(configuration: Configuration) -> tuple[str, str]:
+    """The words that a correction is kept under, the most specific first."""
+    return f"{configuration.weights} {configuration.cache} {configuration.launch}", configuration.weights
+
+
+def _moving(prediction: Prediction) -> int:
+    return sum(prediction.owners[owner] for owner in ("kv_cache", "draft_kv_cache", "activations"))
+
+
+def _fit(pairs: Sequence[tuple[Record, Prediction]], default: Calibration) -> Calibration:
+    base = max((r.base_bytes for r, _ in pairs if r.base_bytes), default=default.base_bytes)
+    points: dict[str, list[tuple[int, int, int]]] = {}
+    for record, prediction in pairs:
+        peak = record.peak_bytes or 0
+        missed = peak - base - (prediction.total - prediction.owners["base"])
+        for key in _keys(record.configuration):
+            points.setdefault(key, []).append((_moving(prediction), missed, peak))
+    return Calibration(base, {key: _upper_line(seen) for key, seen in points.items()})
+
+
+def _upper_line(points: Sequence[tuple[int, int, int]]) -> tuple[float, float]:
+    """Offset and share of a least-squares line, raised to the 95th percentile and to within 1 % of every peak."""
+    mean = sum(x for x, _, _ in points) / len(points)
+    spread = sum((x - mean) ** 2 for x, _, _ in points)
+    slope = sum((x - mean) * y for x, y, _ in points) / spread if spread and len(points) > 2 else 0.0
+    slope = min(max(slope, -0.5), 2.0)  # more than -1 keeps predictions rising with the context
+    left = [(y - slope * x, peak) for x, y, peak in points]
+    return max(_high([y for y, _ in left]), max(y - 0.01 * peak for y, peak in left)), slope
+
+
+def _high(values: Sequence[float]) -> float:
+    """The 95th percentile."""
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1]
+
+
+def _correction(calibration: Calibration, configuration: Configuration, moving: int) -> float:
+    keys = (key for key in _keys(configuration) if key in calibration.corrections)
+    offset, share = next((calibration.corrections[key] for key in keys), (0.0, 0.0))
+    return offset + share * moving
+
+
+def largest_context(
+    target: ModelShape,
+    draft: ModelShape | None,
+    configuration: Configuration,
+    new_tokens: int,
+    budget: Budget,
+    calibration: Calibration,
+) -> int:
+    """The longest prompt (tokens) whose footprint fits the budget and the model's positions; 0 where none does."""
+
+    def fits(context: int) -> bool:
+        found = predict(target, draft, configuration, context, new_tokens, budget.device, calibration)
+        return found.total <= budget.bytes
+
+    low, high = 0, (target.max_position_embeddings or 2**20) - new_tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return max(low, 0)
+
+
+class LayerRow(NamedTuple):
+    """One layer's bytes, wherever they are held."""
+
+    layer: int
+    weights_bytes: int
+    kv_bytes: int
+
+
+def by_layer(target: ModelShape, configuration: Configuration, context: int, new_tokens: int) -> list[LayerRow]:
+    """A row per decoder layer of the target."""
+    c, element = configuration, _element(target, configuration.weights)
+    tokens = context + new_tokens + c.depth
+    return [
+        LayerRow(i, _block_bytes(layer, c.weights, element), _kv_bytes(layer, c.cache, tokens, c.depth, element))
+        for i, layer in enumerate(target.layers)
+    ]
+
+
+def cheapest(
+    target: ModelShape,
+    drafts: Mapping[str, ModelShape],
+    configurations: Iterable[Configuration],
+    contexts: Sequence[int],
+    new_tokens: int,
+    device: str,
+    calibration: Calibration,
+) -> tuple[Configuration, int, Prediction]:
+    """The smallest footprint among configurations and contexts; `drafts` maps a configuration's draft to its shape."""
+
+    candidates = (
+        (c, context, predict(target, drafts.get(c.draft), c, context, new_tokens, device, calibration))
+        for c in configurations
+        for context in contexts
+    )
+    return min(candidates, key=lambda candidate: candidate[2].total)

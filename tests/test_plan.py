@@ -1,0 +1,537 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autotune import plan
+from autotune.config import ATTENTIONS, CACHES, LAUNCHES, LM_HEADS, MIB, WEIGHTS, Budget, Configuration, Record
+from autotune.plan import DEFAULT, Calibration, ModelShape, PlanError, Prediction, predict, read_shape
+
+GIB = 2**30
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+LLAMA_1B = LLAMA_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+FAMILIES: list[dict[str, Any]] = [
+    SMALL | {"model_type": "llama"},
+    SMALL | {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    SMALL | {"model_type": "llama", "num_key_value_heads": None, "head_dim": 32},
+    SMALL | {"model_type": "mistral", "sliding_window": 32},
+    SMALL | {"model_type": "mistral", "sliding_window": None},
+    SMALL | {"model_type": "qwen2", "tie_word_embeddings": True},
+    SMALL | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
+    SMALL | {"model_type": "qwen3", "head_dim": 32},
+    SMALL | {"model_type": "gemma", "head_dim": 16},
+    SMALL | {"model_type": "gemma2", "sliding_window": 32},
+    SMALL | {"model_type": "gemma3_text", "head_dim": 32, "sliding_window": 32},
+    SMALL | {"model_type": "gpt_neox"},
+    SMALL | {"model_type": "gpt_neox", "attention_bias": False},
+    SMALL | {"model_type": "phi3", "sliding_window": 32, "pad_token_id": 0},
+    SMALL | {"model_type": "granite"},
+    SMALL | {"model_type": "olmo2", "pad_token_id": 0},
+]
+
+
+def shape_of(folder: Path, config: dict[str, Any]) -> ModelShape:
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_shape(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    return shape_of(tmp_path_factory.mktemp("8b"), LLAMA_8B)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    return shape_of(tmp_path_factory.mktemp("1b"), LLAMA_1B)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    config = LLAMA_1B | {"model_type": "gemma3_text", "sliding_window": 512, "tie_word_embeddings": True}
+    return shape_of(tmp_path_factory.mktemp("hybrid"), config)
+
+
+def at(shape: ModelShape, configuration: Configuration, context: int = 128, **more: Any) -> Prediction:
+    arguments = {"new_tokens": 96, "device": "cuda:0", "calibration": DEFAULT["cuda"]} | more
+    return predict(shape, arguments.pop("draft", None), configuration, context, **arguments)
+
+
+# Sizes measured on an H100 (Llama-3-8B's shape, GiB).
+
+
+@pytest.mark.parametrize(
+    ("weights", "lm_head", "measured_gib"),
+    [
+        ("bnb-nf4", "bf16", 5.31),
+        ("bnb-nf4", "nf4", 4.59),
+        ("quanto-int4", "bf16", 5.43),
+        ("bnb-int8", "bf16", 8.71),
+        ("bf16", "bf16", 15.15),
+    ],
+)
+def test_weights_after_loading_are_within_a_hundredth_and_a_half(llama, weights, lm_head, measured_gib):
+    owners = at(llama, Configuration(weights=weights, lm_head=lm_head)).owners
+    held = owners["weights"] + owners["lm_head"] + owners["embeddings"]
+    scratch = plan.LOAD_COPIES.get(weights, 0) * llama.largest_linear * 2  # bnb-int8 only; 8.46 GiB without it
+    assert (held + scratch) / GIB == pytest.approx(measured_gib, rel=0.015)
+
+
+def test_the_embedding_and_the_cache_have_the_published_sizes(llama):
+    prediction = at(llama, Configuration(weights="bnb-nf4"))
+    assert prediction.owners["embeddings"] / GIB == pytest.approx(0.98, rel=0.01)
+    assert prediction.kv_bytes_per_token == 128 * 1024
+    assert llama.parameters == 8_030_261_248
+
+
+NF4 = Configuration(weights="bnb-nf4")
+PEAKS = [  # configuration, context, peak allocated GiB, peak reserved GiB, tolerance of the latter
+    (NF4, 128, 5.49, 5.56, 0.01),
+    (NF4, 2048, 5.88, 6.00, 0.01),
+    (NF4, 4096, 6.31, 6.52, 0.01),
+    (NF4, 16384, 9.16, 9.80, 0.01),
+    (NF4.replace(prefill_chunk=1024), 16384, 7.68, 8.35, 0.01),
+    (NF4.replace(cache="quantized-4"), 128, 5.48, 5.55, 0.01),
+    (NF4.replace(cache="quantized-4"), 4096, 5.95, 6.22, 0.01),
+    (NF4.replace(cache="quantized-4"), 16384, 7.73, 8.56, 0.01),
+    (NF4.replace(cache="quantized-fp8"), 4096, 6.06, 6.30, 0.01),
+    (NF4.replace(cache="quantized-fp8"), 16384, 8.16, 8.92, 0.02),
+    (NF4.replace(draft="1b", depth=5), 128, 6.95, 6.98, 0.01),
+    (NF4.replace(draft="1b", depth=5), 2048, 7.40, 7.54, 0.01),
+    (NF4.replace(draft="1b", depth=5), 4096, 7.88, 8.20, 0.01),
+    (NF4.replace(draft="1b", depth=5), 16384, 11.11, 12.61, 0.06),  # assisted generation fragments more
+]
+
+
+@pytest.mark.parametrize(("configuration", "context", "allocated_gib", "reserved_gib", "tolerance"), PEAKS)
+def test_peaks_of_stock_generate_are_reproduced(
+    llama, draft, configuration, context, allocated_gib, reserved_gib, tolerance
+):
+    prediction = at(llama, configuration, context, draft=draft)
+    reserved = prediction.total - prediction.owners["base"]
+    assert (reserved - prediction.owners["slack"]) / GIB == pytest.approx(allocated_gib, rel=0.005)
+    assert reserved / GIB == pytest.approx(reserved_gib, rel=tolerance)
+
+
+def test_the_floor_is_bytes_over_bandwidth(llama):
+    assert at(llama, NF4).decode_floor_s is None
+    floor = at(llama, NF4, 1, new_tokens=1, bandwidth=3.0e12).decode_floor_s
+    assert floor == pytest.approx((3.353 + 0.9785) * GIB / 3.0e12, rel=0.001)
+    assert at(llama, NF4, 4096, bandwidth=3.0e12).decode_floor_s > floor
+
+
+# Sizes against the libraries that store them.
+
+
+def test_a_quantized_matrix_has_the_size_that_bitsandbytes_gives_it():
+    torch = pytest.importorskip("torch")
+    nn = pytest.importorskip("bitsandbytes.nn")
+    weight = torch.randn(704, 256, dtype=torch.bfloat16)
+    stored = nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to("cpu")
+    state = stored.quant_state
+    parts = [stored.data, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    size = sum(part.numel() * part.element_size() for part in parts)
+    assert plan._matrix_bytes("bnb-nf4", plan.Linear("", 704, 256, 0), 2) == size
+
+
+@pytest.mark.parametrize(("inp", "group"), [(4096, 128), (704, 64), (1120, 32), (128, 128), (96, 96), (250, 250)])
+def test_the_group_of_a_quanto_matrix_is_the_one_that_quanto_chooses(inp, group):
+    torch = pytest.importorskip("torch")
+    quanto = pytest.importorskip("optimum.quanto")
+    linear = torch.nn.Linear(inp, 8, bias=False, device="meta")
+    chosen = quanto.QLinear.qcreate(linear, weights=quanto.qint4, device="meta").weight_group_size
+    assert plan.quanto_group(inp) == group == (chosen or inp)
+
+
+# Families against transformers' own models.
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c["model_type"])
+def test_formulas_equal_the_model_that_transformers_builds(tmp_path, config):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    built = transformers.AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(built)
+    shape = shape_of(tmp_path, config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    linears = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    first = {n.rsplit(".", 1)[1]: size for n, size in linears.items() if ".layers.0." in n}
+    assert {linear.name: (linear.out, linear.inp) for linear in shape.layers[0].linears} == first
+    cache = transformers.DynamicCache(config=built)
+    assert [layer.window for layer in shape.layers] == [getattr(c, "sliding_window", None) for c in cache.layers]
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c["model_type"])
+def test_headers_say_what_the_formulas_say(tmp_path, config):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config), dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")  # several shards and an index
+    assert (tmp_path / "saved" / "model.safetensors.index.json").is_file()
+    plan.check_folder(tmp_path / "saved")
+    read, worked_out = read_shape(tmp_path / "saved"), shape_of(tmp_path, config | {"dtype": "bfloat16"})
+    assert read.exact
+    assert not worked_out.exact
+    for word in WEIGHTS:
+        for head in LM_HEADS:
+            configuration = Configuration(weights=word, lm_head=head)
+            assert at(read, configuration) == at(worked_out, configuration)
+
+
+def test_an_unknown_family_is_read_from_its_headers_or_refused_by_name(tmp_path):
+    config = {"model_type": "novel", "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 10}
+    with pytest.raises(PlanError, match="novel"):
+        shape_of(tmp_path, config)
+    sizes = {"wte.weight": (10, 8), "wpe.weight": (4, 8), "h.0.mlp.w1.weight": (16, 8), "h.0.ln.weight": (8,)}
+    write_safetensors(tmp_path / "model.safetensors", sizes)
+    shape = read_shape(tmp_path)
+    assert shape.tied
+    assert shape.parameters == 80 + 32 + 128 + 8
+    assert shape.layers[0].linears == (plan.Linear("h.0.mlp.w1.weight", 16, 8, 256),)
+
+
+def test_a_text_config_is_followed(tmp_path):
+    outer = {"model_type": "gemma3", "text_config": LLAMA_8B, "vision_config": {"hidden_size": 9}}
+    assert shape_of(tmp_path, outer).parameters == 8_030_261_248
+
+
+def test_a_checkpoint_counts_as_its_headers_say(tmp_path):
+    sizes = {"model.embed_tokens.weight": (320, 64), "lm_head.weight": (320, 64), "model.norm.weight": (64,)}
+    config = SMALL | {"model_type": "llama", "num_hidden_layers": 1, "quantization_config": {"quant_method": "gptq"}}
+    with pytest.raises(PlanError, match="safetensors"):
+        at(shape_of(tmp_path, config), Configuration(weights="checkpoint"))
+    packed = {"model.layers.0.mlp.up_proj.qweight": (8, 160), "model.layers.0.mlp.up_proj.g_idx": (64,)}
+    write_safetensors(tmp_path / "model.safetensors", sizes | packed, dict.fromkeys(packed, "I32"))
+    owners = at(read_shape(tmp_path), Configuration(weights="checkpoint")).owners
+    assert (owners["weights"], owners["lm_head"]) == (64 * 2 + (8 * 160 + 64) * 4, 320 * 64 * 2)
+
+
+# Damaged folders.
+
+
+def write_safetensors(path: Path, sizes: dict[str, tuple[int, ...]], dtypes: dict[str, str] | None = None) -> None:
+    header, end = {}, 0
+    for name, size in sizes.items():
+        dtype = (dtypes or {}).get(name, "BF16")
+        count = 1
+        for n in size:
+            count *= n
+        begin, end = end, end + count * (4 if dtype == "I32" else 2)
+        header[name] = {"dtype": dtype, "shape": size, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama", "num_hidden_layers": 1}))
+    write_safetensors(tmp_path / "model.safetensors", {"model.embed_tokens.weight": (320, 64)})
+    return tmp_path
+
+
+def test_a_whole_folder_passes(folder):
+    plan.check_folder(folder)
+
+
+@pytest.mark.parametrize("call", [plan.check_folder, read_shape])
+def test_a_missing_folder_or_config_is_named(tmp_path, call):
+    with pytest.raises(PlanError, match="nowhere does not exist"):
+        call(tmp_path / "nowhere")
+    with pytest.raises(PlanError, match=r"no config\.json in"):
+        call(tmp_path)
+
+
+UNUSABLE = [
+    json.dumps(SMALL | {"model_type": "gemma2"} | wrong)
+    for wrong in (
+        {"layer_types": ["full_attention"]},
+        {"layer_types": 3},
+        {"sliding_window": "all"},
+        {"num_key_value_heads": [1, 2, 2]},
+        {"num_hidden_layers": 0},
+        {"intermediate_size": 1.5},
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 100_000, "\xff", '{"model_type": "llama", "hidden_size": "4"}', *UNUSABLE]
+)
+def test_a_damaged_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(PlanError, match=r"config\.json"):
+        read_shape(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 50, 1000, -1])
+def test_a_truncated_file_is_refused(folder, kept):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    for call in (plan.check_folder, read_shape):
+        with pytest.raises(PlanError, match=r"model\.safetensors is truncated"):
+            call(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "BF16", "shape": [4, 4], "data_offsets": [0, 30]},
+        {"dtype": "BF16", "shape": [-4, -4], "data_offsets": [0, 32]},
+        {"dtype": "BF16", "shape": [4, 4], "data_offsets": [32, 0]},
+        {"dtype": "BF16", "shape": [4, 4], "data_offsets": [-32, 0]},
+        {"dtype": "BF16", "shape": [4, 4]},
+        {"dtype": "BF16", "shape": 4, "data_offsets": [0, 8]},
+        {"dtype": [], "shape": [4], "data_offsets": [0, 8]},
+        "BF16",
+        None,
+    ],
+)
+def test_a_damaged_header_is_refused(folder, entry):
+    text = json.dumps({"a.weight": entry}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(100))
+    with pytest.raises(PlanError, match="damaged safetensors header"):
+        plan.check_folder(folder)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.binary(max_size=60), length=st.integers(0, 2**64 - 1) | st.integers(0, 70))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, text, length):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + text)
+    with contextlib.suppress(PlanError):
+        plan._header(path)
+
+
+def test_a_missing_shard_a_missing_tensor_and_a_path_outside_are_refused(folder):
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    index = folder / "model.safetensors.index.json"
+    for weight_map, match in [
+        ({"model.embed_tokens.weight": "two.safetensors"}, "two.safetensors cannot be read"),
+        ({"model.norm.weight": "one.safetensors"}, "no shard holds"),
+        ({"model.norm.weight": "../one.safetensors"}, "no weight_map of file names"),
+        (None, "no weight_map"),
+    ]:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(PlanError, match=match):
+            plan.check_folder(folder)
+
+
+def test_pickled_weights_alone_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(PlanError, match=r"no model\.safetensors"):
+        plan.check_folder(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(PlanError, match=r"pickled weights \(pytorch_model\.bin\)"):
+        plan.check_folder(folder)
+
+
+# Properties.
+
+configurations = st.builds(
+    Configuration,
+    weights=st.sampled_from(WEIGHTS),
+    lm_head=st.sampled_from(LM_HEADS),
+    embeddings=st.sampled_from(["device", "host"]),
+    draft=st.sampled_from(["none", "prompt-lookup", "1b"]),
+    draft_weights=st.sampled_from(["none", "bf16", "bnb-nf4"]),
+    depth=st.integers(0, 8),
+    cache=st.sampled_from(CACHES),
+    attention=st.sampled_from(ATTENTIONS),
+    prefill_chunk=st.sampled_from([0, 64, 1024]),
+    launch=st.sampled_from(LAUNCHES),
+)
+contexts = st.integers(1, 20_000)
+devices = st.sampled_from(["cuda:0", "cpu"])
+calibrations = st.builds(
+    lambda key, offset, share: Calibration(500 * MIB, {key: (offset, share)}),
+    st.sampled_from(WEIGHTS),
+    st.floats(-1e9, 1e9),
+    st.floats(-0.5, 2),
+)
+models = st.sampled_from(["llama", "hybrid"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(models, configurations, contexts, st.integers(0, 500), st.integers(1, 200), devices, calibrations)
+def test_the_footprint_never_falls_with_context_or_new_tokens(
+    llama, hybrid, draft, model, configuration, context, more, new_tokens, device, calibration
+):
+    shape = {"llama": llama, "hybrid": hybrid}[model]
+    common = {"draft": draft, "device": device, "calibration": calibration}
+    first = at(shape, configuration, context, new_tokens=new_tokens, **common)
+    assert first.total == sum(first.owners.values())
+    assert min(first.owners.values()) >= 0
+    assert first.host_bytes >= 0
+    slack = 8 * len(shape.layers)  # bytes of rounding
+    assert at(shape, configuration, context + more, new_tokens=new_tokens, **common).total >= first.total - slack
+    assert at(shape, configuration, context, new_tokens=new_tokens + more, **common).total >= first.total - slack
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from([w for w in WEIGHTS if w != "fp32"]), st.sampled_from(LM_HEADS[2:]))
+def test_quantized_weights_are_never_larger_than_bf16(llama, weights, lm_head):
+    plain = at(llama, Configuration()).owners
+    quantized = at(llama, Configuration(weights=weights, lm_head=lm_head)).owners
+    assert quantized["weights"] <= plain["weights"]
+    assert quantized["lm_head"] < plain["lm_head"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(configurations, st.integers(2, 30))
+def test_the_largest_context_fits_and_one_token_more_does_not(llama, draft, configuration, gib):
+    budget = Budget(gib * GIB, "cuda:0")
+    largest = plan.largest_context(llama, draft, configuration, 96, budget, DEFAULT["cuda"])
+    if largest:
+        assert at(llama, configuration, largest, draft=draft).total <= budget.bytes
+    if largest < 131072 - 96:
+        assert at(llama, configuration, largest + 1, draft=draft).total > budget.bytes
+
+
+def test_every_cache_holds_less_than_the_full_one(llama):
+    held = {cache: at(llama, Configuration(cache=cache), 8192) for cache in CACHES}
+    kv = {cache: prediction.owners["kv_cache"] for cache, prediction in held.items()}
+    assert kv["offloaded"] < kv["quantized-2"] < kv["quantized-4"] < kv["quantized-fp8"] < kv["quantized-8"]
+    assert kv["quantized-8"] < kv["dynamic"] == kv["static"] == kv["sliding"]
+    assert held["offloaded"].host_bytes == kv["dynamic"] * 30 // 32
+
+
+def test_a_short_quantized_cache_is_still_in_full_precision(llama):
+    dynamic, quantized = (at(llama, Configuration(cache=c), 20, new_tokens=4) for c in ("dynamic", "quantized-4"))
+    assert quantized.owners["kv_cache"] == dynamic.owners["kv_cache"]
+
+
+def test_a_sliding_layer_holds_its_window(hybrid):
+    rows = plan.by_layer(hybrid, Configuration(cache="sliding"), 8192, 0)
+    assert [row.kv_bytes // (2 * 8 * 256 * 2) for row in rows[:6]] == [512] * 5 + [8192]
+    static = plan.by_layer(hybrid, Configuration(cache="static"), 8192, 0)
+    assert {row.kv_bytes // (2 * 8 * 256 * 2) for row in static} == {8192}
+
+
+def test_a_tied_head_is_shared_until_it_is_stored_otherwise(hybrid):
+    matrix = 128256 * 2048 * 2
+    owners = at(hybrid, Configuration()).owners
+    assert (owners["lm_head"], owners["embeddings"]) == (matrix, 0)
+    owners = at(hybrid, Configuration(lm_head="nf4")).owners
+    assert owners["lm_head"] < matrix / 3
+    assert owners["embeddings"] == matrix
+    apart = at(hybrid, Configuration(embeddings="host"))
+    assert (apart.owners["lm_head"], apart.owners["embeddings"], apart.host_bytes) == (matrix, 0, matrix)
+
+
+def test_fp32_doubles_everything_that_bf16_stores(llama):
+    half, full = (at(llama, Configuration(weights=w, lm_head=w)).owners for w in ("bf16", "fp32"))
+    for owner in ("weights", "lm_head", "embeddings", "kv_cache"):
+        assert full[owner] == 2 * half[owner]
+
+
+def test_layers_sum_to_the_owners(llama):
+    rows, owners = plan.by_layer(llama, NF4, 1000, 24), at(llama, NF4, 1000, new_tokens=24).owners
+    assert sum(row.weights_bytes for row in rows) == owners["weights"] - 4096 * 2  # the final norm
+    assert sum(row.kv_bytes for row in rows) == owners["kv_cache"]
+
+
+def test_the_cheapest_is_found_and_a_draft_model_needs_its_shape(llama, draft):
+    choices = [Configuration(), NF4, NF4.replace(lm_head="nf4"), NF4.replace(draft="1b", depth=3)]
+    found = plan.cheapest(llama, {"1b": draft}, choices, [4096, 128], 96, "cuda:0", DEFAULT["cuda"])
+    assert found[:2] == (choices[2], 128)
+    with pytest.raises(PlanError, match="draft 1b"):
+        at(llama, choices[3])
+
+
+# Calibration.
+
+
+def record(configuration: Configuration, context: int, peak: float, **more: Any) -> Record:
+    arguments = {"outcome": "ok", "peak_bytes": int(peak), "base_bytes": 500 * MIB} | more
+    return Record(configuration, context, **arguments)
+
+
+def test_without_records_the_default_stands():
+    assert plan.calibrate([], "cuda:0") == DEFAULT["cuda"]
+    lost = record(NF4, 128, 1, outcome="out_of_memory")
+    assert plan.calibrate([(lost, Prediction({"base": 0}, 0, 0))], "cpu") == DEFAULT["cpu"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["bnb-nf4", "quanto-int4"]),
+            st.sampled_from(CACHES),
+            st.integers(64, 16_384),
+            st.floats(0.85, 1.2),
+        ),
+        min_size=1,
+        max_size=25,
+    )
+)
+def test_after_calibration_no_record_is_more_than_a_hundredth_above_its_prediction(llama, seen):
+    pairs = []
+    for weights, cache, context, factor in seen:
+        configuration = Configuration(weights=weights, cache=cache)
+        said = at(llama, configuration, context)
+        pairs.append((record(configuration, context, said.total * factor), said))
+    learned = plan.calibrate(pairs, "cuda:0")
+    for measured, _ in pairs:
+        said = at(llama, measured.configuration, measured.context_tokens, calibration=learned)
+        assert said.total >= 0.99 * measured.peak_bytes - 2
+
+
+def test_one_high_record_among_many_is_still_covered(llama):
+    pairs = [(record(NF4, n, at(llama, NF4, n).total), at(llama, NF4, n)) for n in range(100, 10_100, 100)]
+    high = record(NF4, 5000, at(llama, NF4, 5000).total * 1.2)
+    learned = plan.calibrate([*pairs, (high, at(llama, NF4, 5000))], "cuda:0")
+    assert at(llama, NF4, 5000, calibration=learned).total >= 0.99 * high.peak_bytes - 2
+
+
+def test_a_steady_excess_is_learned_and_its_error_is_that_of_unseen_records(llama):
+    pairs = []
+    for context in (128, 512, 2048, 4096, 8192):
+        said = at(llama, NF4, context)
+        moving = said.owners["kv_cache"] + said.owners["activations"]
+        pairs.append((record(NF4, context, said.total - 110 * MIB + 50 * MIB + 0.1 * moving), said))
+    learned = plan.calibrate(pairs, "cuda:0")
+    offset, share = learned.corrections["bnb-nf4 dynamic eager"]
+    assert learned.base_bytes == 500 * MIB
+    assert (offset / MIB, share) == pytest.approx((50, 0.1), rel=1e-3)
+    assert learned.error < 0.001
+    unseen = at(llama, NF4, 16_384, calibration=learned)
+    plain = at(llama, NF4, 16_384)
+    expected = plain.total - 60 * MIB + 0.1 * (plain.owners["kv_cache"] + plain.owners["activations"])
+    assert unseen.total == pytest.approx(expected, rel=1e-4)
+
+
+def test_planning_imports_neither_torch_nor_transformers():
+    code = "import sys, autotune.plan; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
