@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..config import Configuration, LoadGroup
-from .cache import make_cache, rollback, room, settle
+from .cache import make_cache, rollback, room, settle, stored_bytes
 from .load import Progress, Unsupported, load_model
 
 NGRAM = 3  # longest suffix that prompt lookup searches for
@@ -37,6 +37,8 @@ class Generation:
     proposed: int = 0
     accepted: int = 0
     verifications: int = 0
+    cache_bytes: int = 0
+    draft_cache_bytes: int = 0
 
     @property
     def decode_s(self) -> float:
@@ -109,6 +111,9 @@ class Engine:
             result.step_s.append(now - then)
             result.step_tokens.append(len(tokens))
             on_tokens(tokens)
+        result.cache_bytes = stored_bytes(target.cache)
+        if isinstance(drafter, _ModelDraft):
+            result.draft_cache_bytes = stored_bytes(drafter.runner.cache)
         return result
 
     def _step(

@@ -160,7 +160,6 @@ class _Tensors:
 
     def __init__(self, folder: Path, model: PreTrainedModel):
         self._files = dict(_tensor_files(folder))
-        self._open: dict[Path, Any] = {}
         prefix = model.base_model_prefix + "."
         wanted = set(model.state_dict())
         self._names = {}
@@ -188,11 +187,9 @@ class _Tensors:
         stored = self._names.get(name)
         if stored is None:
             return None
-        path = self._files[stored]
-        if path not in self._open:
-            self._open.clear()  # one shard mapped at a time, so that its pages do not count for long
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path].get_tensor(stored)  # type: ignore[no-any-return]
+        # Opened anew for each tensor: while a file stays mapped, every page once read counts as the process's memory.
+        with safe_open(self._files[stored], framework="pt") as file:
+            return file.get_tensor(stored)  # type: ignore[no-any-return]
 
 
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:

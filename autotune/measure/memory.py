@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..config import mib
+from ..config import MIB, mib
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 class Meter:
@@ -28,6 +30,10 @@ class Meter:
 
     def __init__(self, device: str, budget_bytes: int | None):
         self.device, self.budget = device, budget_bytes
+        # Large blocks go back to the system when they are freed, so that one measurement does not weigh on the next.
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 4 * MIB)
+        libc.mallopt(_M_TRIM_THRESHOLD, 16 * MIB)
         self.load_peak = 0
         if self.is_cuda:
             torch.zeros(1, device=device)  # creates the CUDA context

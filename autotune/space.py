@@ -1,0 +1,224 @@
+"""The search space: a TOML file of knobs, what of it this machine and model can run, and suggestions from it.
+
+A combination that cannot work is never suggested: knobs are asked for in an order in which every choice is legal given
+those before it, and a knob without effect is not asked for at all, so that the sampler sees a conditional space.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol
+
+from .config import ATTENTIONS, CACHES, EMBEDDINGS, LAUNCHES, LM_HEADS, WEIGHTS, Configuration
+
+BUILT_IN = Path(__file__).parent / "search_spaces"
+if not BUILT_IN.exists():  # a source checkout
+    BUILT_IN = Path(__file__).parent.parent / "search_spaces"
+
+_WORDS: dict[str, tuple[str, ...] | None] = {
+    "weights": WEIGHTS,
+    "lm_head": LM_HEADS,
+    "embeddings": EMBEDDINGS,
+    "draft": ("none", "prompt-lookup", "model"),
+    "draft_weights": WEIGHTS,
+    "depth": None,
+    "cache": CACHES,
+    "attention": ATTENTIONS,
+    "prefill_chunk": None,
+    "launch": LAUNCHES,
+}
+_MAX_DEPTH = 16
+CAPTURABLE = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8")
+
+
+class SpaceError(ValueError):
+    """A search space that cannot be read; the message names the file and the key."""
+
+
+class Suggests(Protocol):
+    """The part of an Optuna trial that a suggestion needs."""
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Space:
+    """Choices per knob, in the order of the file; `dropped` tells what was taken out, and why."""
+
+    choices: Mapping[str, tuple[Any, ...]]
+    dropped: tuple[tuple[str, str, str], ...] = ()  # knob, word, reason
+
+    def suggest(self, trial: Suggests) -> Configuration:
+        """A legal configuration of the trial's choices."""
+        picked: dict[str, Any] = {}
+        for knob, choices in self.choices.items():
+            if _applies(knob, picked):
+                picked[knob] = trial.suggest_categorical(knob, choices) if len(choices) > 1 else choices[0]
+        return Configuration(**picked)
+
+    def configurations(self) -> Iterator[Configuration]:
+        """Every legal configuration once."""
+        seen = set()
+        for values in product(*self.choices.values()):
+            asked = dict(zip(self.choices, values, strict=True))
+            picked: dict[str, Any] = {}
+            for knob, value in asked.items():
+                if _applies(knob, picked):
+                    picked[knob] = value
+            configuration = Configuration(**picked)
+            if configuration not in seen:
+                seen.add(configuration)
+                yield configuration
+
+    def parameters(self, configuration: Configuration) -> dict[str, Any] | None:
+        """The choices that lead to a configuration, for Optuna; None where the space does not hold it."""
+        picked: dict[str, Any] = {}
+        parameters: dict[str, Any] = {}
+        for knob, choices in self.choices.items():
+            value = getattr(configuration, knob)
+            if not _applies(knob, picked):
+                continue
+            if value not in choices:
+                return None
+            picked[knob] = value
+            if len(choices) > 1:
+                parameters[knob] = value
+        return parameters if Configuration(**picked) == configuration else None
+
+    def load_parameters(self, configuration: Configuration) -> dict[str, Any]:
+        """The choices that fix the configuration's load group and leave the rest open."""
+        parameters = self.parameters(configuration) or {}
+        fixed = ["weights", "lm_head", "embeddings", "attention"]
+        if configuration.has_draft_model:
+            fixed += ["draft", "draft_weights"]
+        return {knob: parameters[knob] for knob in fixed if knob in parameters}
+
+    def restrict(
+        self, *, device: str, full_precision: str, drafts: list[str], sliding: bool, quantized: bool,
+        failed: Mapping[str, Mapping[str, str]],
+    ) -> Space:
+        """What this machine and model can run. Raises SpaceError where a knob has nothing left."""
+        kept: dict[str, tuple[Any, ...]] = {}
+        dropped = list(self.dropped)
+        for knob, choices in self.choices.items():
+            left: list[Any] = []
+            for word in choices:
+                names = [full_precision] if word in ("bf16", "fp32") and full_precision == "fp32" else [word]
+                if knob == "draft" and word == "model":
+                    names = drafts
+                    if not drafts:
+                        dropped.append((knob, "model", "no --draft is given"))
+                for name in names:
+                    reason = _impossible(knob, name, device, sliding, quantized, failed)
+                    if reason:
+                        dropped.append((knob, str(name), reason))
+                    elif name not in left:
+                        left.append(name)
+            if not left:
+                reasons = "; ".join(f"{word}: {reason}" for name, word, reason in dropped if name == knob)
+                raise SpaceError(f"no choice of [{knob}] can run here ({reasons})")
+            kept[knob] = tuple(left)
+        return dataclasses.replace(self, choices=kept, dropped=tuple(dropped))
+
+
+def read_space(name: str) -> Space:
+    """A built-in space by its name, or a TOML file. Raises SpaceError."""
+    path = Path(name) if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.toml")))
+        raise SpaceError(f"there is no search space {name}; give a TOML file or one of: {known}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpaceError(f"{path} is not valid TOML: {error}") from None
+    for key in tables:
+        if key not in _WORDS:
+            raise SpaceError(f"{path}: unknown knob [{key}]; the knobs are {', '.join(_WORDS)}")
+    choices = {knob: _choices(path, knob, tables[knob]) for knob in _WORDS if knob in tables}
+    return Space({knob: choices.get(knob, _default(knob)) for knob in _WORDS})
+
+
+def _default(knob: str) -> tuple[Any, ...]:
+    if knob == "depth":
+        return (4,)
+    return (("bf16",) if knob == "draft_weights" else (getattr(Configuration(), knob),))
+
+
+def _choices(path: Path, knob: str, table: Any) -> tuple[Any, ...]:
+    if not isinstance(table, dict):
+        raise SpaceError(f"{path}: {knob} must be a table, like [{knob}]")
+    for key in table:
+        if key not in ("choices", "low", "high"):
+            raise SpaceError(f"{path}: unknown key {knob}.{key}; use choices, or low and high")
+    if ("choices" in table) == ("low" in table or "high" in table):
+        raise SpaceError(f"{path}: [{knob}] takes either choices, or low and high")
+    if "choices" not in table:
+        low, high = table.get("low"), table.get("high")
+        if _WORDS[knob] is not None:
+            raise SpaceError(f"{path}: [{knob}] takes choices: {', '.join(_WORDS[knob] or ())}")
+        if not _is_count(low) or not _is_count(high) or low > high:
+            raise SpaceError(f"{path}: {knob}.low and {knob}.high must be whole numbers, low at most high")
+        values: list[Any] = list(range(low, high + 1))
+    else:
+        values = table["choices"]
+        if not isinstance(values, list) or not values:
+            raise SpaceError(f"{path}: {knob}.choices must be a list that holds something")
+    for value in values:
+        _check(path, knob, value)
+    return tuple(dict.fromkeys(values))
+
+
+def _check(path: Path, knob: str, value: Any) -> None:
+    words = _WORDS[knob]
+    if words is not None and value not in words:
+        raise SpaceError(f"{path}: {knob}.choices has {value!r}; the words are {', '.join(words)}")
+    if words is None and not _is_count(value):
+        raise SpaceError(f"{path}: {knob} has {value!r}, which is not a whole number of tokens")
+    if knob == "depth" and not 1 <= value <= _MAX_DEPTH:
+        raise SpaceError(f"{path}: depth has {value}; it must be 1 to {_MAX_DEPTH}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _applies(knob: str, picked: Mapping[str, Any]) -> bool:
+    """Whether the knob has an effect, and every choice of it is legal, given those picked before."""
+    match knob:
+        case "lm_head" | "embeddings":
+            return picked["weights"] != "checkpoint"
+        case "draft_weights":
+            return picked["draft"] not in ("none", "prompt-lookup")
+        case "depth":
+            return bool(picked["draft"] != "none")
+        case "launch":
+            return picked["cache"] in CAPTURABLE and picked["weights"] != "bnb-int8"
+        case _:
+            return True
+
+
+def _impossible(
+    knob: str, word: Any, device: str, sliding: bool, quantized: bool, failed: Mapping[str, Mapping[str, str]]
+) -> str:
+    """Why this machine or model cannot run the word, or nothing."""
+    cpu = device == "cpu"
+    if knob in ("weights", "draft_weights") and word in failed.get("weights", {}):
+        return failed["weights"][word]
+    if knob == "lm_head" and {"int8": "quanto-int8", "nf4": "bnb-nf4"}.get(word) in failed.get("weights", {}):
+        return failed["weights"][{"int8": "quanto-int8", "nf4": "bnb-nf4"}[word]]
+    if knob == "attention" and word in failed.get("attention", {}):
+        return failed["attention"][word]
+    if knob == "weights" and (word == "checkpoint") != quantized:
+        return "the checkpoint is already quantized" if quantized else "the checkpoint is not quantized"
+    if knob == "cache" and word == "sliding" and not sliding:
+        return "the model has no sliding-window layers"
+    if cpu and (knob, word) in {("cache", "offloaded"), ("embeddings", "host")}:
+        return "the device is the host already"
+    if cpu and knob == "launch" and word != "eager":
+        return "CUDA graphs need an NVIDIA GPU"
+    return ""

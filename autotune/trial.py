@@ -1,0 +1,304 @@
+"""The parent's side of a measurement: start the worker, cap, watch, time out, kill; what comes back is a Record.
+
+The worker is a process of its own in a session of its own, so that killing its group leaves nothing behind. It is kept
+while the load group stays the same, and replaced after any failure that may have poisoned it. All along, a witness in
+this process samples what the operating system (or, on a GPU, the driver) says that the worker holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib
+
+STARTUP_S = 300.0
+LOAD_S = 900.0
+STABLE = 0.25  # relative half-width of the interval above which a figure is no figure
+SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
+
+Phase = Callable[[str], None]
+
+
+class OurBug(Exception):
+    """An exception that our own code did not mean to raise, with the worker's traceback."""
+
+
+class WorkerFailed(Exception):
+    """The worker answered with a failure, died or took too long."""
+
+    def __init__(self, outcome: Outcome, reason: str, poisoned: bool = True):
+        super().__init__(reason)
+        self.outcome, self.reason, self.poisoned = outcome, reason, poisoned
+
+
+class Witness(threading.Thread):
+    """Samples a process's footprint from outside; `peak` is the most it saw since `begin`, in bytes."""
+
+    def __init__(self, pid: int, gpu: str | None):
+        super().__init__(daemon=True)
+        self.pid, self.peak, self.samples, self.instrument = pid, 0, 0, "none"
+        self._read = self._nvml_reader(gpu) if gpu else self._resident_reader()
+        self._done = threading.Event()
+
+    def _resident_reader(self) -> Callable[[], int]:
+        page = os.sysconf("SC_PAGE_SIZE")
+        path = Path(f"/proc/{self.pid}/statm")
+        self.instrument = "resident set"
+        return lambda: int(path.read_text().split()[1]) * page
+
+    def _nvml_reader(self, gpu: str) -> Callable[[], int]:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        listed = [process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+        if self.pid in listed:
+            self.instrument = "NVML, per process"
+
+            def of_process() -> int:
+                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                    if process.pid == self.pid:
+                        return int(process.usedGpuMemory or 0)
+                return 0
+
+            return of_process
+        # Containers and WSL hide process numbers: what the whole device holds beyond what it held before.
+        self.instrument = "NVML, whole device minus what it held before"
+        before = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+        return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) - before
+
+    def run(self) -> None:
+        while not self._done.wait(SAMPLE_S):
+            try:
+                self.peak = max(self.peak, self._read())
+            except (FileNotFoundError, ProcessLookupError):
+                return
+            self.samples += 1
+
+    def begin(self) -> None:
+        self.peak = self.samples = 0
+
+    def stop(self) -> None:
+        self._done.set()
+
+
+class WorkerProcess:
+    """A running worker: one request at a time, events read as they come."""
+
+    def __init__(self, device: str, budget_bytes: int | None, log: Path, phase: Phase):
+        self.phase, self.log = phase, log
+        to_child, ours_out = os.pipe()
+        ours_in, from_child = os.pipe()
+        environment = {
+            **os.environ,
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+            "BITSANDBYTES_NOWELCOME": "1",
+        }
+        with log.open("ab") as sink:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "autotune.worker", str(to_child), str(from_child)],
+                pass_fds=(to_child, from_child),
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+                env=environment,
+            )
+        os.close(to_child)
+        os.close(from_child)
+        self._out, self._in, self._buffer = ours_out, ours_in, b""
+        self.witness: Witness | None = None
+        try:
+            self.hello = self.request("start", STARTUP_S, device=device, budget_bytes=budget_bytes)
+        except BaseException:
+            self.kill()
+            raise
+        self.witness = Witness(self.process.pid, self.hello.get("gpu_uuid"))
+        self.witness.start()
+
+    def request(self, op: str, timeout_s: float, **data: Any) -> dict[str, Any]:
+        """The worker's answer. Raises WorkerFailed, or OurBug with the worker's traceback."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            os.write(self._out, (json.dumps({"op": op, **data}) + "\n").encode())
+        except BrokenPipeError:
+            raise WorkerFailed("crashed", self._epitaph()) from None
+        while True:
+            event = self._next(deadline, timeout_s, op)
+            match event.pop("event"):
+                case "phase":
+                    self.phase(event["text"])
+                case "done":
+                    return event
+                case "failed":
+                    if event["outcome"] == "bug":
+                        raise OurBug(event["trace"])
+                    raise WorkerFailed(event["outcome"], event["reason"], event["poisoned"])
+
+    def _next(self, deadline: float, timeout_s: float, op: str) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._in], [], [], left)[0]:
+                self.kill()
+                raise WorkerFailed("timeout", f"{op} took longer than {timeout_s:.0f} s")
+            received = os.read(self._in, 2**20)
+            if not received:
+                raise WorkerFailed("crashed", self._epitaph())
+            self._buffer += received
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        try:
+            event = json.loads(line)
+        except ValueError:
+            self.kill()
+            raise WorkerFailed("crashed", f"the worker sent what is not JSON: {line[:80]!r}") from None
+        return event  # type: ignore[no-any-return]
+
+    def _epitaph(self) -> str:
+        """How the process ended, and the last line that it wrote."""
+        self.kill()
+        code = self.process.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return f"the worker was {how}" + (f": {lines[-1][:200]}" if lines and code > 0 else "")
+
+    def kill(self) -> None:
+        if self.witness is not None:
+            self.witness.stop()
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        for descriptor in (self._out, self._in):
+            try:
+                os.close(descriptor)
+            except OSError:
+                pass  # closed before
+        self._out = self._in = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Where a run's tokenized text and reference logits are."""
+
+    tokens: str
+    references: dict[int, str]
+
+
+class Trials:
+    """Measures configurations for one run. Use as a context manager; nothing outlives it."""
+
+    def __init__(self, model: str, workload: Workload, budget: Budget, folder: Path, phase: Phase = lambda text: None):
+        self.model, self.workload, self.budget, self.folder, self.phase = model, workload, budget, folder, phase
+        self.inputs: Inputs | None = None
+        self.loads = 0
+        self._worker: WorkerProcess | None = None
+        self._group: LoadGroup | None = None
+        self._failed: dict[LoadGroup, WorkerFailed] = {}
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+        self._worker = self._group = None
+
+    @property
+    def group(self) -> LoadGroup | None:
+        """The load group that is resident now."""
+        return self._group
+
+    def uncapped(self) -> WorkerProcess:
+        """A worker that the budget does not bind: for the probe, the inputs and the reference."""
+        return WorkerProcess(self.budget.device, None, self.folder / "worker.log", self.phase)
+
+    def measure(
+        self, configuration: Configuration, context: int, *, quality: bool = True, timeout_s: float = 600, stage: str = ""
+    ) -> Record:
+        """One measured (configuration, context). Whatever goes wrong is the record's outcome, but for a bug of ours."""
+        assert self.inputs is not None
+        began = time.monotonic()
+        try:
+            worker = self._ready(configuration.load_group)
+            assert worker.witness is not None
+            worker.witness.begin()
+            answer = worker.request(
+                "measure",
+                timeout_s,
+                configuration=dataclasses.asdict(configuration),
+                context=context,
+                new_tokens=self.workload.new_tokens,
+                inputs=self.inputs.tokens,
+                reference=self.inputs.references.get(context) if quality else None,
+                limit_s=min(20.0, timeout_s / 4),
+            )
+        except WorkerFailed as failure:
+            if failure.poisoned:
+                self.close()
+            return Record(
+                configuration,
+                context,
+                failure.outcome,
+                failure.reason,
+                measure_s=time.monotonic() - began,
+                stage=stage,
+            )
+        seen = max(answer["peak_bytes"], worker.witness.peak, self._load_peak)
+        answer |= {"peak_bytes": seen, "witness": worker.witness.instrument}
+        outcome, reason = self._judge(answer, answer.pop("wrong_output"))
+        return Record(configuration, context, outcome, reason, stage=stage, **answer)
+
+    def _ready(self, group: LoadGroup) -> WorkerProcess:
+        """A worker that holds the load group."""
+        if group in self._failed:
+            raise self._failed[group]
+        if self._worker is not None and self._group == group:
+            return self._worker
+        self.close()
+        self.loads += 1
+        try:
+            self._worker = WorkerProcess(
+                self.budget.device, self.budget.bytes, self.folder / "worker.log", self.phase
+            )
+            answer = self._worker.request("load", LOAD_S, model=self.model, group=dataclasses.asdict(group))
+        except WorkerFailed as failure:
+            self.close()
+            where = WorkerFailed(failure.outcome, f"while loading: {failure.reason}", True)
+            if failure.outcome != "timeout":
+                self._failed[group] = where
+            raise where from failure
+        self._group = group
+        assert self._worker.witness is not None
+        self._load_peak = max(answer["peak_bytes"], self._worker.witness.peak)
+        return self._worker
+
+    def _judge(self, figures: dict[str, Any], wrong: str) -> tuple[Outcome, str]:
+        """The outcome of a measurement that ran, by measured constraints in the order of their gravity."""
+        peak, ratio = figures["peak_bytes"], figures.get("perplexity_ratio")
+        if peak > self.budget.bytes:
+            return "over_budget", f"held {mib(peak)} at its peak, {mib(peak - self.budget.bytes)} over the budget"
+        if wrong:
+            return "wrong_output", wrong
+        if ratio is not None and not ratio <= 1 + self.workload.max_quality_loss:
+            limit = self.workload.max_quality_loss
+            return "quality_loss", f"perplexity is {ratio - 1:+.1%} of the reference's; the limit is {limit:+.1%}"
+        middle, (low, high) = figures["tokens_per_s"], figures["tokens_per_s_interval"]
+        if (high - low) / 2 > STABLE * middle:
+            return "unstable", f"{middle:.1f} tokens/s, 95 % interval {low:.1f} to {high:.1f}"
+        return "ok", ""

@@ -1,0 +1,297 @@
+"""The child's side of a measurement: requests in JSON on one pipe, events in JSON on another.
+
+Standard output belongs to libraries, which print what they like; results travel on descriptors of their own. The order
+within `start` matters: the cap is set before any weight is read. Every reply ends with an event `done` or `failed`;
+`failed` carries an outcome and its reason, and `poisoned` where this process must not be used again. An exception that
+our own code raises without meaning to is a bug: its traceback is sent, and the parent stops the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import IO, Any
+
+_PACKAGE = str(Path(__file__).resolve().parent)
+
+
+class Worker:
+    """One process's state: its meter, its inputs and the load group that it holds."""
+
+    def __init__(self, events: IO[str]):
+        self._events = events
+        self.engine: Any = None
+        self.load_peaks: dict[str, int | None] = {}
+        self.load_s = 0.0
+        self.plain: dict[tuple[Any, ...], list[list[int]]] = {}  # greedy text without speculation
+
+    def say(self, event: str, **data: Any) -> None:
+        self._events.write(json.dumps({"event": event, **data}) + "\n")
+        self._events.flush()
+
+    def phase(self, text: str) -> None:
+        self.say("phase", text=text)
+
+    def start(self, device: str, budget_bytes: int | None, threads: int | None = None) -> dict[str, Any]:
+        self.phase("starting")
+        import torch
+        import transformers
+
+        from . import engine as _engine  # noqa: F401
+        from .measure.memory import Meter
+
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        if threads:
+            torch.set_num_threads(threads)
+        _import_libraries()
+        self.device = device
+        self.meter = Meter(device, budget_bytes)
+        uuid = "" if device == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+        return {"base_bytes": self.meter.base_bytes, "gpu_uuid": f"GPU-{uuid.removeprefix('GPU-')}" if uuid else None}
+
+    def environment(self) -> dict[str, Any]:
+        """What this machine is: for run.json and the policy."""
+        import torch
+
+        from .measure.machine import bandwidth, describe
+
+        return {**describe(self.device), "bandwidth_bytes_per_s": bandwidth(self.device), "torch": torch.__version__}
+
+    def probe(self, words: dict[str, list[str]]) -> dict[str, dict[str, str]]:
+        """Which of the words this machine cannot run, each with its reason."""
+        from .measure.machine import probe
+
+        return probe(words, self.device, self.phase)
+
+    def inputs(self, **request: Any) -> dict[str, Any]:
+        from .measure.inputs import prepare
+
+        self.phase("reading the text")
+        return prepare(**request)
+
+    def load(self, model: str, group: dict[str, str]) -> dict[str, Any]:
+        from .config import LoadGroup
+        from .engine.decode import Engine
+        from .measure.memory import module_bytes
+
+        began = time.perf_counter()
+        self.engine = None
+        self.plain.clear()
+        self.meter.begin()
+        self.engine = Engine.load(model, LoadGroup(**group), self.device, self.phase)
+        self.load_s = time.perf_counter() - began
+        self.load_peaks = self.meter.peaks()
+        self.meter.begin()
+        target = self.engine.target
+        head, embedding = target.get_output_embeddings(), target.get_input_embeddings()
+        shared = head is not None and head.weight is embedding.weight
+        resident = 0 if group["embeddings"] == "host" and self.device != "cpu" else module_bytes(embedding)
+        head_bytes = 0 if shared else module_bytes(head)
+        self.owners = {
+            "weights": module_bytes(target) - module_bytes(embedding) - head_bytes,
+            "lm_head": head_bytes,
+            "embeddings": resident,
+            "draft": module_bytes(self.engine.draft),
+        }
+        return {"load_s": self.load_s, "owners": self.owners, **self.load_peaks}
+
+    def reference(self, inputs: str, context: int, path: str) -> dict[str, Any]:
+        """Score this context's windows with what is loaded and keep the logits."""
+        import numpy as np
+        import torch
+
+        from .config import Configuration
+        from .measure.inputs import windows
+
+        prompts, continuations = windows(inputs, context)
+        self.phase(f"scoring the reference at {context} tokens")
+        rows = torch.stack(
+            [self._score(prompt, tokens, Configuration()) for prompt, tokens in zip(prompts, continuations, strict=True)]
+        )
+        kept = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows.float()
+        np.save(path, kept.numpy())
+        return {"dtype": str(rows.dtype)}
+
+    def _score(self, prompt: list[int], continuation: list[int], configuration: Any) -> Any:
+        from .measure.quality import STEP
+
+        return self.engine.score(prompt, continuation, configuration, STEP)
+
+    def measure(
+        self,
+        configuration: dict[str, Any],
+        context: int,
+        new_tokens: int,
+        inputs: str,
+        reference: str | None,
+        limit_s: float,
+    ) -> dict[str, Any]:
+        """Everything that a record holds and this side can see."""
+        from .config import Configuration
+        from .measure.inputs import prompts_of
+        from .measure.machine import state
+        from .measure.throughput import measure_throughput, summarize
+
+        began = time.perf_counter()
+        chosen = Configuration(**configuration)
+        prompts = prompts_of(inputs, context)
+        before = state(self.device)
+        self.meter.begin()
+        self.phase("timing")
+        samples, generations = measure_throughput(
+            self.engine,
+            chosen,
+            prompts,
+            new_tokens,
+            limit_s=limit_s,
+            on_round=lambda rounds: self.phase(f"timing, round {rounds}"),
+        )
+        peaks = self.meter.peaks()
+        figures: dict[str, Any] = summarize(samples)
+        figures |= {key: max(value or 0, self.load_peaks[key] or 0) or None for key, value in peaks.items()}
+        figures["memory"] = self._owners(peaks, generations[-1])
+        figures["machine"] = {"before": before, "after": state(self.device)}
+        wrong = self._wrong_output(chosen, context, prompts, new_tokens, [g.tokens for g in generations])
+        if reference is not None:
+            self.phase("measuring quality")
+            figures |= self._quality(chosen, inputs, context, reference)
+        figures |= {"base_bytes": self.meter.base_bytes, "load_s": self.load_s, "samples": samples}
+        figures["measure_s"] = time.perf_counter() - began
+        return {**figures, "wrong_output": wrong}
+
+    def _owners(self, peaks: dict[str, int | None], generation: Any) -> dict[str, int]:
+        """The footprint at its peak, by owner; what is left is activations, and on a GPU the allocator's slack."""
+        owners = {
+            "base": self.meter.base_bytes,
+            **self.owners,
+            "kv_cache": generation.cache_bytes,
+            "draft_kv_cache": generation.draft_cache_bytes,
+        }
+        peak, allocated, reserved = (
+            peaks["peak_bytes"],
+            peaks["peak_allocated_bytes"],
+            peaks["peak_reserved_bytes"],
+        )
+        held = sum(owners.values())
+        if allocated is not None and reserved is not None:
+            owners["activations"] = max(0, allocated - (held - self.meter.base_bytes))
+            owners["slack"] = reserved - allocated
+        else:
+            owners["activations"] = max(0, (peak or 0) - held)
+        return owners
+
+    def _quality(self, configuration: Any, inputs: str, context: int, reference: str) -> dict[str, Any]:
+        import numpy as np
+        import torch
+
+        from .measure.inputs import windows
+        from .measure.quality import compare
+
+        stored = np.load(reference, mmap_mode="r")
+        prompts, continuations = windows(inputs, context)
+        own = [
+            self._score(prompt, tokens, configuration) for prompt, tokens in zip(prompts, continuations, strict=True)
+        ]
+        theirs = [torch.from_numpy(np.array(rows)) for rows in stored]
+        if stored.dtype == np.uint16:
+            theirs = [rows.view(torch.bfloat16) for rows in theirs]
+        return compare(own, theirs, continuations)
+
+    def _wrong_output(
+        self, configuration: Any, context: int, prompts: list[list[int]], new_tokens: int, texts: list[list[int]]
+    ) -> str:
+        """Why the text is not that of plain decoding with the same cache, or nothing (promise 3)."""
+        plain = configuration.replace(draft="none", depth=0, launch="eager")
+        if plain.quality_key == configuration.quality_key and configuration in (plain,):
+            key = (plain.cache, plain.prefill_chunk, context, new_tokens)
+            self.plain[key] = texts
+            return ""
+        key = (plain.cache, plain.prefill_chunk, context, new_tokens)
+        if key not in self.plain:
+            self.phase("checking the text")
+            self.plain[key] = [self.engine.generate(prompt, plain, new_tokens).tokens for prompt in prompts]
+        for index, (text, expected) in enumerate(zip(texts, self.plain[key], strict=True)):
+            if text == expected:
+                continue
+            at = next((i for i, pair in enumerate(zip(text, expected, strict=False)) if pair[0] != pair[1]), None)
+            if at is None:
+                return f"prompt {index}: {len(text)} tokens instead of {len(expected)}"
+            gap, tolerance = self._tie(prompts[index], expected[:at], plain, text[at], expected[at])
+            if gap > tolerance:
+                return (
+                    f"prompt {index} differs from plain decoding at new token {at}: "
+                    f"the two tokens' logits are {gap:.3g} apart, rounding explains {tolerance:.3g}"
+                )
+        return ""
+
+    def _tie(self, prompt: list[int], text: list[int], plain: Any, ours: int, expected: int) -> tuple[float, float]:
+        """How far apart the two tokens' logits are where the texts part, and what rounding explains."""
+        import torch
+
+        row = self.engine.score(prompt, [*text, expected], plain, 1)[-1]
+        spacing = torch.finfo(row.dtype).eps * row.float().abs().max().item()
+        return (row[expected].float() - row[ours].float()).item(), 8 * spacing
+
+
+def _import_libraries() -> None:
+    """Libraries that some configurations need count as part of the process, not as one configuration's footprint."""
+    import accelerate  # noqa: F401
+    import bitsandbytes  # noqa: F401
+    import optimum.quanto  # noqa: F401
+    from transformers.models.auto import modeling_auto  # noqa: F401
+
+
+def serve(requests: IO[str], events: IO[str]) -> None:
+    """Answer requests until the pipe closes."""
+    worker = Worker(events)
+    for line in requests:
+        request = json.loads(line)
+        try:
+            worker.say("done", **getattr(worker, request.pop("op"))(**request))
+        except Exception as error:  # noqa: BLE001 - told apart in _failure; what is no known failure is reported as a bug
+            worker.say("failed", **_failure(error))
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    import torch
+
+    from .engine.load import Unsupported
+
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    trace = "".join(traceback.format_exception(error))
+    if isinstance(error, Unsupported):
+        return {"outcome": "unsupported", "reason": reason, "poisoned": bool(getattr(error, "poisons", False))}
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _host_allocation_failed(error):
+        return {"outcome": "out_of_memory", "reason": reason, "poisoned": False}
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if raised_in.startswith(_PACKAGE) and not isinstance(error, OSError):
+        return {"outcome": "bug", "reason": reason, "trace": trace, "poisoned": True}
+    return {"outcome": "crashed", "reason": f"{type(error).__name__}: {reason}", "trace": trace, "poisoned": True}
+
+
+def _host_allocation_failed(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text or "std::bad_alloc" in text
+    )
+
+
+def main() -> None:
+    incoming, outgoing = (int(fd) for fd in sys.argv[1:3])
+    if platform.system() == "Linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the parent
+    with os.fdopen(incoming, "r") as requests, os.fdopen(outgoing, "w") as events:
+        serve(requests, events)
+
+
+if __name__ == "__main__":
+    main()
