@@ -1,0 +1,237 @@
+"""The search: which configuration to measure next. The only file that talks to Optuna's study API.
+
+There is a study per context, with two objectives (rate up, perplexity down) and measured constraints (footprint, quality).
+The baseline comes first. Then a study is asked for a configuration, and while that load group is resident the other
+contexts' studies are asked for the knobs that need no reload, for at least as long as the load took. What was measured
+once is told again from memory, never measured again. Failures without figures are told as PRUNED with a violated
+constraint, because a sampler learns nothing from FAIL. How to measure is handed in: `measure(configuration, context)`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from .config import Budget, Configuration, LoadGroup, Record, Workload
+from .results import RECORD, RunError, open_storage
+from .space import Space
+
+Measure = Callable[[Configuration, int, str], Record]
+Fits = Callable[[Configuration, int], str]  # why the plan says that it cannot fit, or nothing
+
+_DUPLICATES = 25  # suggestions in a row that were all known, after which one is drawn from what is left
+
+
+class Studies:
+    """The storage of one run: a study per context, and one for records outside the search."""
+
+    def __init__(self, url: str, name: str, identity: dict[str, Any], contexts: Iterable[int], seed: int):
+        """Opens or creates them. Raises RunError for a storage that belongs to another model or workload."""
+        self.storage, self.name = open_storage(url), name
+        self.by_context = {context: self._open(str(context), seed + context) for context in contexts}
+        self.extra = self._open("records", seed)
+        stored = self.extra.user_attrs.get("identity")
+        if stored is None:
+            self.extra.set_user_attr("identity", identity)
+        elif stored != identity:
+            differing = [key for key in identity if stored.get(key) != identity[key]]
+            raise RunError(
+                f"the storage already holds a run with another {', '.join(differing)}: "
+                "give this one a folder of its own with --out, or repeat the first command to continue it"
+            )
+
+    def _open(self, suffix: str, seed: int) -> optuna.Study:
+        sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, group=True, seed=seed)
+        study = optuna.create_study(
+            storage=self.storage,
+            study_name=f"{self.name}/{suffix}",
+            sampler=sampler,
+            directions=["maximize", "minimize"],
+            load_if_exists=True,
+        )
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # a run that was killed
+            study.tell(trial.number, state=TrialState.FAIL)
+        return study
+
+    def keep(self, record: Record) -> None:
+        """Store a record that is no answer to a suggestion: a finalist measured again."""
+        trial = self.extra.ask()
+        trial.set_user_attr(RECORD, json.dumps(record.to_json()))
+        self.extra.tell(trial, state=TrialState.PRUNED)
+
+    def ask(self, context: int, fixed: dict[str, Any] | None = None) -> optuna.Trial:
+        study = self.by_context[context]
+        if fixed is not None:
+            study.enqueue_trial(fixed)
+        return study.ask()
+
+    def tell(self, context: int, trial: optuna.Trial, record: Record, workload: Workload, budget: Budget) -> None:
+        """What a suggestion led to. The record is stored before the sampler hears of it."""
+        trial.set_user_attr("outcome", record.outcome)
+        if record.peak_bytes is not None:
+            trial.set_constraint("footprint", record.peak_bytes / budget.bytes - 1)
+        if record.perplexity_ratio is not None:
+            trial.set_constraint("quality", record.perplexity_ratio - 1 - workload.max_quality_loss)
+        trial.set_constraint("outcome", 0.0 if record.outcome == "ok" else 1.0)
+        study = self.by_context[context]
+        if record.tokens_per_s is None or record.perplexity_ratio is None:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, [record.rate(workload.objective), record.perplexity_ratio])
+
+
+@dataclass
+class Search:
+    """One run's search, over all its contexts."""
+
+    space: Space
+    workload: Workload
+    budget: Budget
+    studies: Studies
+    measure: Measure
+    fits: Fits
+    deadline: float  # time.monotonic()
+    max_trials: int | None = None
+    seed: int = 0
+    known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
+    skipped: int = 0
+    on_record: Callable[[Record], None] = lambda record: None
+
+    def run(self) -> None:
+        """Measure until time, trials or the space run out."""
+        self._random = random.Random(self.seed)
+        while not self._over():
+            context = min(self.workload.contexts, key=lambda c: sum(known == c for _, known in self.known))
+            proposal = self._propose(context, None)
+            if proposal is None:
+                return
+            self._stay(proposal)
+
+    def baseline(self, candidates: list[Configuration]) -> None:
+        """Measure, per context, the first candidate that fits: what a user would run without tuning."""
+        for candidate in candidates:
+            for context in self.workload.contexts:
+                if self.baseline_of(context, candidates) is None and not self.fits(candidate, context):
+                    self._measured(candidate, context, "baseline")
+
+    def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:
+        for candidate in candidates:
+            record = self.known.get((candidate, context))
+            if record is not None and record.outcome in ("ok", "quality_loss"):
+                return record
+        return None
+
+    def _over(self) -> bool:
+        measured = sum(record.stage == "search" for record in self.known.values())
+        return time.monotonic() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
+
+    def _stay(self, first: Configuration) -> None:
+        """Measure with the proposal's load group, over all contexts, for at least as long as loading it took."""
+        fixed = self.space.load_parameters(first)
+        spent, load_s = 0.0, 0.0
+        while True:
+            for context in self.workload.contexts:
+                if self._over():
+                    return
+                proposal = self._propose(context, fixed)
+                if proposal is None or proposal.load_group != first.load_group:
+                    continue
+                record = self._measured(proposal, context, "search")
+                if record.load_s is None and record.reason.startswith("while loading"):
+                    return
+                spent, load_s = spent + (record.measure_s or 0), record.load_s or load_s
+            if spent >= load_s:
+                return
+
+    def _propose(self, context: int, fixed: dict[str, Any] | None) -> Configuration | None:
+        """A configuration that is not known at this context, or None where the space has no more."""
+        for _ in range(_DUPLICATES):
+            trial = self.studies.ask(context, fixed)
+            configuration = self.space.suggest(trial)
+            reason = self._hopeless(configuration, context)
+            record = self.known.get((configuration, context))
+            if record is not None:
+                self.studies.tell(context, trial, record, self.workload, self.budget)
+            elif reason:
+                self.skipped += 1
+                trial.set_user_attr("skipped", reason)
+                trial.set_constraint("plan", 1.0)
+                self.studies.by_context[context].tell(trial, state=TrialState.PRUNED)
+            else:
+                self._asked = (context, configuration, trial)
+                return configuration
+        return self._draw(context, fixed)
+
+    def _draw(self, context: int, fixed: dict[str, Any] | None) -> Configuration | None:
+        """One of the configurations that are left, at random."""
+        left = [
+            configuration
+            for configuration in self.space.configurations()
+            if (configuration, context) not in self.known
+            and (fixed is None or self.space.load_parameters(configuration) == fixed)
+            and not self._hopeless(configuration, context)
+        ]
+        if not left:
+            return None
+        chosen = self._random.choice(left)
+        self._asked = (context, chosen, self.studies.ask(context, self.space.parameters(chosen)))
+        self.space.suggest(self._asked[2])
+        return chosen
+
+    def _hopeless(self, configuration: Configuration, context: int) -> str:
+        """Why measuring it cannot change the answer: the plan, or what is known of the same text."""
+        for (other, at), record in self.known.items():
+            if at != context or record.outcome != "quality_loss" or other.quality_key != configuration.quality_key:
+                continue
+            if other != configuration:
+                return record.reason
+        return self.fits(configuration, context)
+
+    def _measured(self, configuration: Configuration, context: int, stage: str) -> Record:
+        asked = getattr(self, "_asked", None)
+        trial = asked[2] if asked is not None and asked[:2] == (context, configuration) else None
+        if trial is None:
+            parameters = self.space.parameters(configuration)
+            if parameters is not None:
+                trial = self.studies.ask(context, parameters)
+                self.space.suggest(trial)
+        self._asked = None
+        record = self.measure(configuration, context, stage)
+        self.known[configuration, context] = record
+        if trial is None:
+            self.studies.keep(record)
+        else:
+            trial.set_user_attr(RECORD, json.dumps(record.to_json()))
+            self.studies.tell(context, trial, record, self.workload, self.budget)
+        self.on_record(record)
+        return record
+
+    def measured(self, configuration: Configuration, context: int) -> Record:
+        """The record of a configuration at a context, measured now if it is not known."""
+        known = self.known.get((configuration, context))
+        return known if known is not None else self._measured(configuration, context, "search")
+
+
+def complete(search: Search, group: LoadGroup) -> None:
+    """Give a load group a record at every context, from the knobs that won elsewhere, its draft used and idle."""
+    for context in search.workload.contexts:
+        best = [
+            record.configuration
+            for record in sorted(
+                (r for r in search.known.values() if r.outcome == "ok" and r.configuration.load_group == group),
+                key=lambda record: -record.rate(search.workload.objective),
+            )
+        ]
+        candidates = best[:1]
+        if group.draft != "none" and best:
+            candidates.append(best[0].replace(depth=0))
+        for candidate in candidates:
+            if time.monotonic() < search.deadline and not search.fits(candidate, context):
+                search.measured(candidate, context)
