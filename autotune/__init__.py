@@ -1,1 +1,22 @@
 """Run any Hugging Face model as fast as it can go inside a hard VRAM budget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .deploy import deploy
+    from .policy import Policy, read_policy
+
+__all__ = ["Policy", "deploy", "read_policy"]
+
+_HOMES = {"deploy": ".deploy", "Policy": ".policy", "read_policy": ".policy"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import autotune` alone stays fast and imports no torch."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

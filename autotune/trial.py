@@ -28,6 +28,11 @@ STABLE = 0.25  # relative half-width of the interval above which a figure is no 
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
 
 Phase = Callable[[str], None]
+_QUALITY = tuple(
+    field.name
+    for field in dataclasses.fields(Record)
+    if field.name.startswith(("perplexity", "kl_", "top1_")) or field.name == "quality"
+)
 
 
 class OurBug(Exception):
@@ -207,6 +212,13 @@ class Trials:
         self._worker: WorkerProcess | None = None
         self._group: LoadGroup | None = None
         self._failed: dict[LoadGroup, WorkerFailed] = {}
+        self._quality: dict[tuple[tuple[str, ...], int], dict[str, Any]] = {}
+
+    def learn(self, record: Record) -> None:
+        """The same text at the same context has the same quality: it is measured once."""
+        if record.perplexity_ratio is not None:
+            key = (record.configuration.quality_key, record.context_tokens)
+            self._quality.setdefault(key, {name: getattr(record, name) for name in _QUALITY})
 
     def __enter__(self) -> Trials:
         return self
@@ -229,11 +241,12 @@ class Trials:
         return WorkerProcess(self.budget.device, None, self.folder / "worker.log", self.phase)
 
     def measure(
-        self, configuration: Configuration, context: int, *, quality: bool = True, timeout_s: float = 600, stage: str = ""
+        self, configuration: Configuration, context: int, *, timeout_s: float = 600, stage: str = "search"
     ) -> Record:
         """One measured (configuration, context). Whatever goes wrong is the record's outcome, but for a bug of ours."""
         assert self.inputs is not None
         began = time.monotonic()
+        known = self._quality.get((configuration.quality_key, context))
         try:
             worker = self._ready(configuration.load_group)
             assert worker.witness is not None
@@ -245,7 +258,7 @@ class Trials:
                 context=context,
                 new_tokens=self.workload.new_tokens,
                 inputs=self.inputs.tokens,
-                reference=self.inputs.references.get(context) if quality else None,
+                reference=self.inputs.references[context] if known is None else None,
                 limit_s=min(20.0, timeout_s / 4),
             )
         except WorkerFailed as failure:
@@ -261,8 +274,11 @@ class Trials:
             )
         seen = max(answer["peak_bytes"], worker.witness.peak, self._load_peak)
         answer |= {"peak_bytes": seen, "witness": worker.witness.instrument}
+        answer |= known or {}
         outcome, reason = self._judge(answer, answer.pop("wrong_output"))
-        return Record(configuration, context, outcome, reason, stage=stage, **answer)
+        record = Record(configuration, context, outcome, reason, stage=stage, **answer)
+        self.learn(record)
+        return record
 
     def _ready(self, group: LoadGroup) -> WorkerProcess:
         """A worker that holds the load group."""

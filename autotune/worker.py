@@ -101,6 +101,31 @@ class Worker:
         }
         return {"load_s": self.load_s, "owners": self.owners, **self.load_peaks}
 
+    def load_reference(self, model: str, weights: str) -> dict[str, Any]:
+        """The unquantized model; where the device cannot hold it, layer by layer from host memory."""
+        import torch
+
+        from .config import LoadGroup
+        from .engine.decode import Engine
+
+        self.phase("loading the reference")
+        group = LoadGroup(weights=weights)
+        try:
+            self.engine = Engine.load(model, group, self.device)
+        except torch.OutOfMemoryError:
+            self.engine = None
+        if self.engine is not None:
+            return {"how": "on the device"}
+        from transformers import AutoModelForCausalLM
+
+        torch.cuda.empty_cache()
+        self.phase("loading the reference, partly in host memory")
+        target = AutoModelForCausalLM.from_pretrained(
+            model, device_map="auto", dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
+        )
+        self.engine = Engine(target.eval(), None, group, self.device)
+        return {"how": "layer by layer from host memory"}
+
     def reference(self, inputs: str, context: int, path: str) -> dict[str, Any]:
         """Score this context's windows with what is loaded and keep the logits."""
         import numpy as np

@@ -1,0 +1,417 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .config import OBJECTIVES, Budget, Objective, Workload, mib, parse_bytes, parse_tokens
+
+if TYPE_CHECKING:
+    from .policy import Policy
+    from .run import Request
+
+EXAMPLES = {
+    "run": "autotune run --model ./Llama-3-8B --draft ./Llama-3.2-1B --budget 6.5GB --contexts 512,2k,4k",
+    "plan": "autotune plan --model ./Llama-3-8B --budget 6.5GB --contexts 2k,16k",
+    "report": "autotune report results/demo-6199MiB",
+    "export": "autotune export results/demo-6199MiB --to policy.json",
+    "verify": "autotune verify results/demo-6199MiB/policy.json",
+    "generate": 'autotune generate results/demo-6199MiB/policy.json --prompt "def main():"',
+}
+
+
+class _Size(click.ParamType[int]):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Contexts(click.ParamType[tuple[int, ...]]):
+    name = "lengths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(sorted({parse_tokens(part) for part in value.split(",")}))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Tokens(click.ParamType[int]):
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_tokens(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Share(click.ParamType[float]):
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", value)
+        if not match:
+            self.fail(f"'{value}' is not a share; write it like 5% or 0.05", param, ctx)
+        return float(match[1]) / (100 if match[2] else 1)
+
+
+class _Duration(click.ParamType[float]):
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", value)
+        if not match or float(match[1]) == 0:
+            self.fail(f"'{value}' is not a time; write it like 90s, 30m or 2h", param, ctx)
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _inputs(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that `run` and `plan` share."""
+    options = [
+        click.option("--model", metavar="ID|DIR", help="Model folder or Hugging Face ID. Default: the bundled pair."),
+        click.option("--draft", "drafts", multiple=True, metavar="ID|DIR", help="A draft model; may be repeated."),
+        click.option("--budget", type=_Size(), required=True, help="The most memory that the process may hold: 6.5GB."),
+        click.option("--contexts", type=_Contexts(), default="512,2k,4k", show_default=True, help="Prompt lengths."),
+        click.option("--new-tokens", type=_Tokens(), default="128", show_default=True, help="Generated per request."),
+        click.option("--space", default="default", show_default=True, metavar="NAME|FILE", help="The search space."),
+        click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text that quality is measured on."),
+        click.option("--prompts", type=click.Path(path_type=Path), help='JSON Lines file with a "prompt" a line.'),
+        click.option("--max-quality-loss", type=_Share(), default="5%", show_default=True, help="Perplexity over the reference's."),
+        click.option("--objective", type=click.Choice(OBJECTIVES), default="end-to-end", show_default=True),
+        click.option("--trials", type=click.IntRange(min=1), help="Stop after this many measurements."),
+        click.option("--timeout", type=_Duration(), default="10m", show_default=True, help="Time for the whole run."),
+        click.option("--device", metavar="cuda:N|cpu", help="Default: the first GPU, else the CPU."),
+        click.option("--storage", metavar="URL", help="Any URL that Optuna takes. Default: study.db in the folder."),
+        click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: results/MODEL-BUDGET."),
+        click.option("--seed", type=int, default=0, show_default=True),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="autotune-llm")
+def main() -> None:
+    """Run any Hugging Face model as fast as it can go inside a hard VRAM budget.
+
+    \b
+    Example: autotune run --budget 6.5GB
+    """
+
+
+def _command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
+    return main.command(name, epilog=f"\b\nExample:\n  {EXAMPLES[name]}")
+
+
+@_command("run")
+@_inputs
+def run(**options: Any) -> None:
+    """Search, measure, and write a policy with its report. The same command again continues."""
+    from rich.console import Console
+
+    from .progress import Display
+    from .run import tune
+
+    request = _request(options)
+    console = Console(stderr=False)
+    budget = request.budget
+    console.print(f"{request.model.name} on {budget.device}, budget {mib(budget.bytes)}, into {request.out}", markup=False)
+    with _plain_errors(), Display(console, request.workload.objective, request.timeout_s) as display:
+        policy = tune(request, display)
+    if policy is None:
+        raise _answer_is_no(f"no configuration was feasible; {request.out}/report.html says why each was not")
+    _print_policy(policy, console)
+    console.print(f"\n{request.out}/policy.json, report.html, trials.csv", markup=False)
+
+
+@_command("plan")
+@_inputs
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--by-layer", is_flag=True, help="List the weights' and the cache's bytes per layer.")
+def plan(as_json: bool, by_layer: bool, **options: Any) -> None:
+    """Predict the footprint of every configuration and context; measures nothing."""
+    from .plan_table import print_layers, print_plan
+
+    request = _request(options)
+    with _plain_errors():
+        (print_layers if by_layer else print_plan)(request, as_json)
+
+
+@_command("report")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """Write report.html, trials.csv and policy.json again from what is stored."""
+    from .run import conclude
+
+    with _plain_errors():
+        conclude(folder)
+    click.echo(f"{folder}/report.html")
+
+
+@_command("export")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Path(path_type=Path), help="File to write. Default: standard output.")
+@click.option("--format", "kind", type=click.Choice(["policy", "csv"]), default="policy", show_default=True)
+def export(folder: Path, to: Path | None, kind: str) -> None:
+    """Write a run's policy or its trials elsewhere."""
+    from .run import conclude
+    from .results import frame, read_run
+
+    with _plain_errors():
+        if kind == "csv":
+            text = frame(read_run(folder).records).to_csv(index=False)
+        else:
+            policy = conclude(folder)
+            if policy is None:
+                raise _answer_is_no(f"{folder} has no policy: no configuration was feasible")
+            text = json.dumps(policy.model_dump(mode="json"), indent=2) + "\n"
+        if to is None:
+            click.echo(text, nl=False)
+        else:
+            to.write_text(text)
+
+
+@_command("verify")
+@click.argument("policy", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(policy: Path, as_json: bool) -> None:
+    """Measure the policy again on this machine; exit 1 where it no longer holds."""
+    from .verify import print_verdicts, verify_policy
+
+    with _plain_errors():
+        verdicts = verify_policy(policy, phase=lambda text: click.echo(f"  {text}", err=True))
+    print_verdicts(verdicts, as_json)
+    if not all(verdict.holds for verdict in verdicts):
+        sys.exit(1)
+
+
+@_command("generate")
+@click.argument("policy", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The text to continue, or - for standard input.")
+@click.option("--new-tokens", type=_Tokens(), default=None, help="Default: as measured.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
+def generate(policy: Path, prompt: str, new_tokens: int | None, temperature: float) -> None:
+    """Continue a text as the policy says."""
+    from .deploy import deploy
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with _plain_errors():
+        llm = deploy(policy)
+        for piece in llm.stream(text, new_tokens=new_tokens, temperature=temperature):
+            click.echo(piece, nl=False)
+    click.echo()
+    click.echo(llm.last.summary(), err=True)
+
+
+class _plain_errors:
+    """Turn what the user can mend into one line and exit code 2; all else keeps its traceback."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            return
+        from .plan import PlanError
+        from .policy import PolicyError
+        from .results import RunError
+        from .run import NothingFits
+        from .space import SpaceError
+
+        if isinstance(error, NothingFits):
+            raise _answer_is_no(str(error)) from None
+        if isinstance(error, (PlanError, PolicyError, RunError, SpaceError)):
+            raise click.UsageError(str(error)) from None
+
+
+def _answer_is_no(text: str) -> click.ClickException:
+    failure = click.ClickException(text)
+    failure.exit_code = 1
+    return failure
+
+
+def _request(options: dict[str, Any]) -> Request:
+    """The options as a checked request."""
+    from .plan import PlanError
+    from .run import Request
+    from .space import SpaceError, read_space
+
+    device = _device(options["device"])
+    drafts = list(options["drafts"])
+    if options["model"] is None:
+        from .demo import DRAFT, TARGET
+
+        model, drafts = TARGET, [str(DRAFT), *drafts]
+    else:
+        model = _folder("--model", options["model"])
+    text = options["text"]
+    if text is not None:
+        _check_text(text)
+    prompts = options["prompts"]
+    if prompts is not None:
+        _check_prompts(prompts)
+    workload = Workload(
+        contexts=options["contexts"],
+        new_tokens=options["new_tokens"],
+        objective=options["objective"],
+        max_quality_loss=options["max_quality_loss"],
+        text=str(text) if text else None,
+        prompts=str(prompts) if prompts else None,
+    )
+    try:
+        space = read_space(options["space"])
+    except SpaceError as error:
+        raise click.UsageError(f"--space: {error}") from None
+    name = "demo" if options["model"] is None else model.name
+    out = options["out"] or Path("results") / f"{name}-{options['budget'] // 2**20}MiB"
+    try:
+        return Request(
+            model=model,
+            drafts=[_folder("--draft", draft) for draft in drafts],
+            budget=Budget(options["budget"], device),
+            workload=workload,
+            space=space,
+            space_name=options["space"],
+            out=out,
+            timeout_s=options["timeout"],
+            trials=options["trials"],
+            storage=options["storage"],
+            seed=options["seed"],
+        )
+    except PlanError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _folder(flag: str, name: str) -> Path:
+    """A model folder: given, or a Hugging Face ID from the cache or the hub."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise click.UsageError(f"{flag} {name}: there is no such folder; give a model folder or an ID like org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    files = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise click.UsageError(f"{flag} {name}: no such folder, and the hub does not give it: {reason}") from None
+
+
+def _device(asked: str | None) -> str:
+    count = _gpus()
+    if asked is None:
+        return "cuda:0" if count else "cpu"
+    if asked == "cpu":
+        return asked
+    match = re.fullmatch(r"cuda(?::(\d+))?", asked)
+    if not match:
+        raise click.UsageError(f"--device {asked}: write cpu, cuda or cuda:N")
+    number = int(match[1] or 0)
+    if number >= count:
+        raise click.UsageError(f"--device {asked}: this machine has {count} NVIDIA GPUs; use --device cpu")
+    return f"cuda:{number}"
+
+
+def _gpus() -> int:
+    """How many NVIDIA GPUs there are, without starting CUDA."""
+    import pynvml
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return 0
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return 0
+
+
+def _check_text(path: Path) -> None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise click.UsageError(f"--text {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise click.UsageError(f"--text {path} is not UTF-8 text; give a plain text file") from None
+    if not text.strip() or "\0" in text:
+        raise click.UsageError(f"--text {path} is {'empty' if not text.strip() else 'binary'}; give a plain text file")
+
+
+def _check_prompts(path: Path) -> None:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"--prompts {path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str) or not prompt:
+            raise click.UsageError(f'--prompts {path}, line {number}: write {{"prompt": "text"}}, one object a line')
+    if not lines:
+        raise click.UsageError(f"--prompts {path} is empty")
+
+
+def _print_policy(policy: Policy, console: Any) -> None:
+    """What was chosen per context, for a person."""
+    from rich.table import Table
+
+    table = Table(title=f"load: {_load_text(policy)}", title_justify="left", header_style="bold")
+    for column in ("up to", "settings", "tokens/s", "baseline", "times", "peak of budget", "quality loss"):
+        table.add_column(column, justify="left" if column == "settings" else "right")
+    stock = {entry.context_tokens: entry for entry in policy.baseline}
+    for rule in policy.rules:
+        expected, base = rule.expected, stock.get(rule.max_context_tokens)
+        low, high = expected.tokens_per_s_interval
+        loss = f"{expected.perplexity_ratio - 1:+.2%}" if expected.perplexity_ratio is not None else "not measured"
+        settings = rule.settings
+        text = f"{settings.cache} cache, {settings.launch}" + (
+            f", {settings.draft} x {settings.depth}" if settings.depth else ""
+        )
+        text += f", chunks of {settings.prefill_chunk}" if settings.prefill_chunk else ""
+        table.add_row(
+            str(rule.max_context_tokens),
+            text,
+            f"{expected.tokens_per_s:.1f} ({low:.1f}-{high:.1f})",
+            f"{base.expected.tokens_per_s:.1f}" if base else "does not fit",
+            "tie" if rule.tie else f"{rule.speedup:.2f}" if rule.speedup else "-",
+            f"{mib(expected.peak_bytes)} ({expected.peak_bytes / policy.budget_bytes:.0%})",
+            loss,
+        )
+    console.print(table)
+    for rule in policy.rules:
+        console.print(f"up to {rule.max_context_tokens}: {rule.note}", markup=False, highlight=False)
+
+
+def _load_text(policy: Policy) -> str:
+    load = policy.load
+    text = f"{load.weights} weights, {load.lm_head} lm_head, {load.attention} attention"
+    text += ", embeddings in host memory" if load.embeddings == "host" else ""
+    return text + (f", draft {Path(load.draft).name} in {load.draft_weights}" if load.draft != "none" else "")
+
+
+if __name__ == "__main__":
+    main()

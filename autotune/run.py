@@ -1,0 +1,444 @@
+"""One run, from inputs to a policy: the story of the whole program in `tune`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import plan as planning
+from .config import Budget, Configuration, LoadGroup, Record, Workload, mib
+from .policy import Policy, best_group, best_in_group, make_policy, write_policy
+from .report import RunData, write_report
+from .results import RunError, frame, read_records, read_run, storage_url
+from .space import Space
+from .study import Search, Studies, complete
+from .trial import Inputs, Trials, WorkerFailed
+
+FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
+_WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
+
+
+class Watch(Protocol):
+    """Who is told how the run goes."""
+
+    def phase(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
+    def record(self, record: Record) -> None: ...
+
+
+class NothingFits(Exception):
+    """No configuration fits the budget; the message says by how much and what would."""
+
+
+@dataclass
+class Request:
+    """What a run was asked for."""
+
+    model: Path
+    drafts: list[Path]
+    budget: Budget
+    workload: Workload
+    space: Space
+    space_name: str
+    out: Path
+    timeout_s: float = 600
+    trials: int | None = None
+    storage: str | None = None
+    seed: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def study(self) -> str:
+        return f"autotune-{self.out.name}"
+
+
+def tune(request: Request, watch: Watch) -> Policy | None:
+    """Search, measure the finalists again, choose; returns the policy that the run folder then holds.
+
+    None where no configuration was feasible. KeyboardInterrupt ends the search; what was measured still makes a policy.
+    Raises NothingFits before anything is measured, RunError and planning.PlanError for inputs that cannot be used.
+    """
+    shapes = _shapes(request)
+    _check_budget(request, shapes)
+    info = _prepare_folder(request)
+    studies = Studies(_url(request), request.study, info["identity"], request.workload.contexts, request.seed)
+    with Trials(str(request.model), request.workload, request.budget, request.out, watch.phase) as trials:
+        chosen: dict[int, Configuration] = {}
+        baselines: dict[int, Configuration] = {}
+        try:
+            info, space = _prepare(request, trials, info, watch)
+            search = _search(request, space, shapes, studies, trials, info, watch)
+            candidates = _stock(info["environment"]["full_precision"], search.space)
+            search.baseline(candidates)
+            watch.note(_dropped(space))
+            search.run()
+            chosen, baselines = _finalists(search, candidates)
+            _finals(search, trials, chosen, baselines, watch)
+        except KeyboardInterrupt:
+            watch.note("stopped: finishing with what was measured")
+            if "search" in locals():
+                chosen, baselines = _choice(search.known, request.workload, search, candidates)
+    return conclude(request.out, chosen, baselines)
+
+
+def _shapes(request: Request) -> dict[str, planning.ModelShape]:
+    """Shapes of the target and of every draft, checked before anything starts."""
+    shapes = {}
+    for folder in [request.model, *request.drafts]:
+        planning.check_folder(folder)
+        shapes[str(folder)] = planning.read_shape(folder)
+    target = shapes[str(request.model)]
+    for draft in request.drafts:
+        if shapes[str(draft)].vocab_size != target.vocab_size:
+            raise planning.PlanError(
+                f"--draft {draft} has a vocabulary of {shapes[str(draft)].vocab_size} tokens, the model has "
+                f"{target.vocab_size}: speculation needs a draft with the model's own tokenizer"
+            )
+    longest = max(request.workload.contexts) + request.workload.new_tokens
+    if target.max_position_embeddings and longest > target.max_position_embeddings:
+        raise planning.PlanError(
+            f"--contexts {max(request.workload.contexts)} with --new-tokens {request.workload.new_tokens} needs "
+            f"{longest} positions; the model has {target.max_position_embeddings}"
+        )
+    return shapes
+
+
+def _check_budget(request: Request, shapes: dict[str, planning.ModelShape]) -> None:
+    """Raises NothingFits where even the smallest prediction is over the budget."""
+    kind = "cpu" if request.budget.device == "cpu" else "cuda"
+    alone = {**request.space.choices, "draft": ("none",), "attention": request.space.choices["attention"][:1]}
+    space = dataclasses.replace(request.space, choices=alone).restrict(
+        device=request.budget.device,
+        full_precision="bf16",
+        drafts=[],
+        sliding=any(layer.window for layer in shapes[str(request.model)].layers),
+        quantized=shapes[str(request.model)].prequantized,
+        failed={},
+    )
+    configuration, context, prediction = planning.cheapest(
+        shapes[str(request.model)],
+        {},
+        list(space.configurations()),
+        [min(request.workload.contexts)],
+        request.workload.new_tokens,
+        request.budget.device,
+        planning.DEFAULT[kind],
+    )
+    least = int(prediction.total * 0.95)  # what the prediction's own error leaves open
+    if least > request.budget.bytes:
+        raise NothingFits(
+            f"--budget {mib(request.budget.bytes)} is {mib(least - request.budget.bytes)} under the smallest predicted "
+            f"footprint: {configuration.weights} weights, {configuration.cache} cache at {context} tokens need about "
+            f"{mib(prediction.total)}"
+        )
+
+
+def _prepare_folder(request: Request) -> dict[str, Any]:
+    """run.json, written or continued. Raises RunError."""
+    workload = json.loads(json.dumps(dataclasses.asdict(request.workload)))
+    identity = {
+        "model": fingerprint(request.model),
+        "drafts": [fingerprint(draft) for draft in request.drafts],
+        "workload": workload,
+        "budget": dataclasses.asdict(request.budget),
+        "space": json.loads(json.dumps(dict(request.space.choices))),
+    }
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+        (request.out / "worker.log").touch()
+    except OSError as error:
+        raise RunError(f"--out {request.out} cannot be written: {error.strerror}") from None
+    path = request.out / "run.json"
+    if path.exists():
+        info: dict[str, Any] = json.loads(path.read_text())
+        differing = [key for key in identity if info["identity"].get(key) != identity[key]]
+        if differing:
+            raise RunError(
+                f"{request.out} holds a run with another {', '.join(differing)}: give this one a folder with --out, "
+                "or repeat the first command to continue it"
+            )
+        return info
+    info = {
+        "model": str(request.model),
+        "drafts": [str(draft) for draft in request.drafts],
+        "budget": dataclasses.asdict(request.budget),
+        "workload": workload,
+        "space": request.space_name,
+        "study": request.study,
+        "storage": request.storage,
+        "seed": request.seed,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "autotune": version("autotune-llm"),
+        "identity": identity,
+    }
+    _write(path, info)
+    return info
+
+
+def _write(path: Path, info: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(info, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _url(request: Request) -> str:
+    return request.storage or f"sqlite:///{(request.out / 'study.db').resolve()}"
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """What tells one model from another: its config, its weights' headers and sizes, its tokenizer."""
+    weights, tokenizer = hashlib.sha256(), hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            weights.update(path.name.encode() + str(path.stat().st_size).encode() + file.read(min(length, 2**26)))
+            file.seek(-min(2**16, path.stat().st_size), 2)
+            weights.update(file.read())
+    weights.update((folder / "config.json").read_bytes())
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).exists():
+            tokenizer.update((folder / name).read_bytes())
+    return {"path": str(folder), "weights_sha256": weights.hexdigest(), "tokenizer_sha256": tokenizer.hexdigest()}
+
+
+def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watch) -> tuple[dict[str, Any], Space]:
+    """Look at the machine, cut the text, score the reference; done once per run folder."""
+    tokens = request.out / "inputs.npz"
+    references = {context: str(request.out / f"reference-{context}.npy") for context in request.workload.contexts}
+    if "environment" not in info or not tokens.exists() or not all(Path(p).exists() for p in references.values()):
+        worker = trials.uncapped()
+        try:
+            info["environment"] = worker.request("environment", 120)
+            info["environment"]["base_bytes"] = worker.hello["base_bytes"]
+            words = {knob: list(request.space.choices[knob]) for knob in ("weights", "attention")}
+            words["weights"] += [w for w in request.space.choices["draft_weights"] if w not in words["weights"]]
+            heads = {"int8": "quanto-int8", "nf4": "bnb-nf4"}
+            words["weights"] += [heads[w] for w in request.space.choices["lm_head"] if w in heads]
+            info["failed"] = worker.request("probe", 900, words={k: list(dict.fromkeys(v)) for k, v in words.items()})
+            shape = planning.read_shape(request.model)
+            info["text"] = worker.request(
+                "inputs",
+                300,
+                model=str(request.model),
+                text=_text_file(request),
+                prompts=request.workload.prompts,
+                contexts=list(request.workload.contexts),
+                windows=_WINDOWS[shape.vocab_size > 32768],
+                path=str(tokens),
+            )
+            weights = "checkpoint" if shape.prequantized else info["environment"]["full_precision"]
+            reference = worker.request("load_reference", 1800, model=str(request.model), weights=weights)
+            info["reference"] = {"weights": weights, "how": reference["how"]}
+            for context, path in references.items():
+                worker.request("reference", 1800, inputs=str(tokens), context=context, path=path)
+        except WorkerFailed as failure:
+            raise RunError(f"preparing the run failed ({failure.outcome}): {failure.reason}") from None
+        finally:
+            worker.kill()
+        _write(request.out / "run.json", info)
+    trials.inputs = Inputs(str(tokens), references)
+    shape = planning.read_shape(request.model)
+    space = request.space.restrict(
+        device=request.budget.device,
+        full_precision=info["environment"]["full_precision"],
+        drafts=[str(draft) for draft in request.drafts],
+        sliding=any(layer.window for layer in shape.layers),
+        quantized=shape.prequantized,
+        failed=info["failed"],
+    )
+    return info, space
+
+
+def _text_file(request: Request) -> str:
+    if request.workload.text is not None:
+        return request.workload.text
+    from .demo import held_out_text
+
+    path = request.out / "text.txt"
+    path.write_text(held_out_text(), encoding="utf-8")
+    return str(path)
+
+
+def _search(
+    request: Request,
+    space: Space,
+    shapes: dict[str, planning.ModelShape],
+    studies: Studies,
+    trials: Trials,
+    info: dict[str, Any],
+    watch: Watch,
+) -> Search:
+    """The search with everything that it needs to know, earlier records of the same run included."""
+    calibration = dataclasses.replace(
+        planning.DEFAULT["cpu" if request.budget.device == "cpu" else "cuda"],
+        base_bytes=info["environment"]["base_bytes"],
+    )
+    end = request.started + request.timeout_s
+
+    def measure(configuration: Configuration, context: int, stage: str) -> Record:
+        watch.trial(configuration, context, stage)
+        left = max(30.0, end - time.monotonic())
+        return trials.measure(configuration, context, timeout_s=min(600.0, left), stage=stage)
+
+    def fits(configuration: Configuration, context: int) -> str:
+        draft = shapes.get(configuration.draft)
+        prediction = planning.predict(
+            shapes[str(request.model)],
+            draft,
+            configuration,
+            context,
+            request.workload.new_tokens,
+            request.budget.device,
+            calibration,
+        )
+        if prediction.total * 0.93 <= request.budget.bytes:
+            return ""
+        return f"predicted {mib(prediction.total)}, over the budget of {mib(request.budget.bytes)}"
+
+    search = Search(
+        space=space,
+        workload=request.workload,
+        budget=request.budget,
+        studies=studies,
+        measure=measure,
+        fits=fits,
+        deadline=end,
+        max_trials=request.trials,
+        seed=request.seed,
+    )
+
+    def on_record(record: Record) -> None:
+        search.deadline = end - _reserve(search, request.timeout_s)
+        watch.record(record)
+
+    search.on_record = on_record
+    for record in read_records(_url(request), request.study):
+        trials.learn(record)
+        if record.stage != "final":
+            search.known[record.configuration, record.context_tokens] = record
+            watch.record(record)
+    return search
+
+
+def _reserve(search: Search, timeout_s: float) -> float:
+    """Seconds that measuring the finalists again will take, at most a third of the run."""
+    slowest = {
+        context: max((r.measure_s or 0 for (_, at), r in search.known.items() if at == context), default=0)
+        for context in search.workload.contexts
+    }
+    load = max((r.load_s or 0 for r in search.known.values()), default=0) + 6
+    return min(timeout_s / 3, 2 * FINAL_ROUNDS * (sum(slowest.values()) * 0.7 + load))
+
+
+def _stock(full_precision: str, space: Space) -> list[Configuration]:
+    """What a user would run without tuning: unquantized, else nf4, each with stock settings."""
+    words = [full_precision, "bnb-nf4"]
+    if "checkpoint" in space.choices["weights"]:
+        words = ["checkpoint"]
+    attention = "sdpa" if "sdpa" in space.choices["attention"] else space.choices["attention"][0]
+    return [Configuration(weights=word, attention=attention) for word in words]
+
+
+def _dropped(space: Space) -> str:
+    lines = [f"{knob} {word}: {reason}" for knob, word, reason in space.dropped]
+    return "not searched here: " + "; ".join(lines) if lines else ""
+
+
+def _finalists(
+    search: Search, candidates: list[Configuration]
+) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
+    """The best load group's configuration per context, every context measured, and the baselines."""
+    group = best_group(search.known.values(), search.workload)
+    if group is not None:
+        search.deadline += 60  # completing the winner is worth more than one more candidate
+        complete(search, group)
+    return _choice(search.known, search.workload, search, candidates)
+
+
+def _choice(
+    known: dict[tuple[Configuration, int], Record], workload: Workload, search: Search, candidates: list[Configuration]
+) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
+    records = list(known.values())
+    baselines = {}
+    for context in workload.contexts:
+        stock = search.baseline_of(context, candidates)
+        if stock is not None:
+            baselines[context] = stock.configuration
+    chosen = {}
+    group = best_group(records, workload)
+    for context in workload.contexts:
+        best = best_in_group(records, group, context, workload.objective) if group is not None else None
+        if best is not None:
+            chosen[context] = best.configuration
+    return chosen, baselines
+
+
+def _finals(
+    search: Search,
+    trials: Trials,
+    chosen: dict[int, Configuration],
+    baselines: dict[int, Configuration],
+    watch: Watch,
+) -> None:
+    """Chosen, baseline, chosen, baseline: each turn in a fresh worker."""
+    if all(baselines.get(context) == configuration for context, configuration in chosen.items()):
+        return
+    for turn in range(FINAL_ROUNDS):
+        for name, side in (("chosen", chosen), ("baseline", baselines)):
+            trials.close()
+            for context in sorted(side, key=lambda c: (str(side[c].load_group), c)):
+                watch.phase(f"measuring the {name} again, {turn + 1} of {FINAL_ROUNDS}")
+                record = search.measure(side[context], context, "final")
+                search.studies.keep(record)
+                watch.record(record)
+
+
+def conclude(
+    out: Path, chosen: dict[int, Configuration] | None = None, baselines: dict[int, Configuration] | None = None
+) -> Policy | None:
+    """Write what derives from the storage: policy.json, trials.csv and report.html."""
+    run = read_run(out)
+    if chosen is None or baselines is None:
+        stored = run.info.get("choice", {"chosen": {}, "baselines": {}})
+        chosen, baselines = (
+            {int(context): Configuration(**knobs) for context, knobs in stored[side].items()}
+            for side in ("chosen", "baselines")
+        )
+    else:
+        run.info["choice"] = {
+            side: {str(context): dataclasses.asdict(configuration) for context, configuration in picked.items()}
+            for side, picked in (("chosen", chosen), ("baselines", baselines))
+        }
+        _write(out / "run.json", run.info)
+    policy = make_policy(
+        run.records,
+        chosen,
+        baselines,
+        workload=run.workload,
+        budget=run.budget,
+        model=run.info["identity"]["model"],
+        environment=run.info.get("environment", {}),
+        workload_info={**run.info["workload"], **run.info.get("text", {}), "space": run.info["space"]},
+    )
+    if policy is not None:
+        write_policy(policy, out / "policy.json")
+    frame(run.records).to_csv(out / "trials.csv", index=False)
+    shown = {key: value for key, value in run.info.items() if key not in ("identity", "choice")}
+    data = RunData(
+        records=run.records,
+        workload=run.workload,
+        budget=run.budget,
+        policy=policy.model_dump(mode="json") if policy is not None else None,
+        info=shown,
+    )
+    write_report(data, out / "report.html")
+    return policy
