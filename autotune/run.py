@@ -287,7 +287,9 @@ def _search(
     def measure(configuration: Configuration, context: int, stage: str) -> Record:
         watch.trial(configuration, context, stage)
         left = max(30.0, end - time.monotonic())
-        return trials.measure(configuration, context, timeout_s=min(600.0, left), stage=stage)
+        best = [r.tokens_per_s or 0 for (_, at), r in search.known.items() if at == context and r.outcome == "ok"]
+        bar = max(best, default=None) if stage == "search" and request.workload.objective == "end-to-end" else None
+        return trials.measure(configuration, context, timeout_s=min(600.0, left), stage=stage, bar=bar)
 
     def fits(configuration: Configuration, context: int) -> str:
         draft = shapes.get(configuration.draft)

@@ -25,6 +25,7 @@ from .config import Budget, Configuration, LoadGroup, Outcome, Record, Workload,
 STARTUP_S = 300.0
 LOAD_S = 900.0
 STABLE = 0.25  # relative half-width of the interval above which a figure is no figure
+_LIMIT_S = {True: 6.0, False: 20.0}  # seconds of timed rounds: a look while searching, care for baseline and finalists
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
 
 Phase = Callable[[str], None]
@@ -241,7 +242,7 @@ class Trials:
         return WorkerProcess(self.budget.device, None, self.folder / "worker.log", self.phase)
 
     def measure(
-        self, configuration: Configuration, context: int, *, timeout_s: float = 600, stage: str = "search"
+        self, configuration: Configuration, context: int, *, timeout_s: float = 600, stage: str = "search", bar: float | None = None
     ) -> Record:
         """One measured (configuration, context). Whatever goes wrong is the record's outcome, but for a bug of ours."""
         assert self.inputs is not None
@@ -259,7 +260,8 @@ class Trials:
                 new_tokens=self.workload.new_tokens,
                 inputs=self.inputs.tokens,
                 reference=self.inputs.references[context] if known is None else None,
-                limit_s=min(20.0, timeout_s / 4),
+                limit_s=min(_LIMIT_S[stage == "search"], timeout_s / 4),
+                bar=bar,
             )
         except WorkerFailed as failure:
             if failure.poisoned:
@@ -314,7 +316,7 @@ class Trials:
         if ratio is not None and not ratio <= 1 + self.workload.max_quality_loss:
             limit = self.workload.max_quality_loss
             return "quality_loss", f"perplexity is {ratio - 1:+.1%} of the reference's; the limit is {limit:+.1%}"
-        middle, (low, high) = figures["tokens_per_s"], figures["tokens_per_s_interval"]
-        if (high - low) / 2 > STABLE * middle:
-            return "unstable", f"{middle:.1f} tokens/s, 95 % interval {low:.1f} to {high:.1f}"
+        middle, interval = figures["tokens_per_s"], figures["tokens_per_s_interval"]
+        if interval is not None and (interval[1] - interval[0]) / 2 > STABLE * middle:
+            return "unstable", f"{middle:.1f} tokens/s, 95 % interval {interval[0]:.1f} to {interval[1]:.1f}"
         return "ok", ""

@@ -156,6 +156,7 @@ class Worker:
         inputs: str,
         reference: str | None,
         limit_s: float,
+        bar: float | None,
     ) -> dict[str, Any]:
         """Everything that a record holds and this side can see."""
         from .config import Configuration
@@ -175,6 +176,7 @@ class Worker:
             prompts,
             new_tokens,
             limit_s=limit_s,
+            bar=bar,
             on_round=lambda rounds: self.phase(f"timing, round {rounds}"),
         )
         peaks = self.meter.peaks()

@@ -19,7 +19,7 @@ from ..engine.decode import Engine, Generation
 MIN_ROUNDS = 3
 MAX_ROUNDS = 8
 GOAL = 0.03  # relative half-width of the 95 % interval at which rounds end
-STABLE = 0.25  # relative half-width above which the figure is no figure
+HOPELESS = 0.75  # share of the best known rate below which one round is enough
 # Student's t, two-sided 95 %, for 2 to 7 degrees of freedom
 _T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
@@ -31,9 +31,13 @@ def measure_throughput(
     new_tokens: int,
     *,
     limit_s: float,
+    bar: float | None = None,
     on_round: Callable[[int], None] = lambda rounds: None,
 ) -> tuple[list[dict[str, Any]], list[Generation]]:
-    """Raw samples of every timed generation, and the last round's generations. Warm-up is not among them."""
+    """Raw samples of every timed generation, and the last round's generations. Warm-up is not among them.
+
+    Rounds end early where the first one falls so far below `bar` (tokens/s) that this cannot be the fastest.
+    """
     engine.generate(prompts[0], configuration, min(new_tokens, 2 * configuration.depth + 4))
     samples: list[dict[str, Any]] = []
     began = time.perf_counter()
@@ -43,6 +47,8 @@ def measure_throughput(
         samples += [_sample(done - 1, index, generation) for index, generation in enumerate(generations)]
         on_round(done)
         now = time.perf_counter()
+        if bar is not None and _rate(samples, "tokens_per_s") < HOPELESS * bar:
+            break
         if done >= MIN_ROUNDS:
             _, low, high = rate_interval(samples, "tokens_per_s")
             middle = (low + high) / 2
@@ -56,7 +62,7 @@ def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name in ("tokens_per_s", "decode_tokens_per_s", "ttft_s"):
         figures[name], low, high = rate_interval(samples, name)
-        figures[f"{name}_interval"] = (low, high)
+        figures[f"{name}_interval"] = (low, high) if math.isfinite(high) else None
     proposed = sum(sample["proposed"] for sample in samples)
     verifications = sum(sample["verifications"] for sample in samples)
     if proposed:
