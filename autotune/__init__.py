@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .deploy import deploy
     from .policy import Policy, read_policy
 
+__version__ = "0.1.0"
 __all__ = ["Policy", "deploy", "read_policy"]
 
 _HOMES = {"deploy": ".deploy", "Policy": ".policy", "read_policy": ".policy"}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import __version__
 from .config import OBJECTIVES, Budget, Objective, Workload, mib, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _inputs(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="autotune-llm")
+@click.version_option(__version__)
 def main() -> None:
     """Run any Hugging Face model as fast as it can go inside a hard VRAM budget.
 

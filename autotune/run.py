@@ -9,10 +9,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import __version__
 from . import plan as planning
 from .config import Budget, Configuration, LoadGroup, Record, Workload, mib
 from .policy import Policy, best_group, best_in_group, make_policy, write_policy
@@ -67,7 +67,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
     None where no configuration was feasible. KeyboardInterrupt ends the search; what was measured still makes a policy.
     Raises NothingFits before anything is measured, RunError and planning.PlanError for inputs that cannot be used.
     """
-    shapes = _shapes(request)
+    shapes = check_inputs(request)
     _check_budget(request, shapes)
     info = _prepare_folder(request)
     studies = Studies(_url(request), request.study, info["identity"], request.workload.contexts, request.seed)
@@ -90,8 +90,8 @@ def tune(request: Request, watch: Watch) -> Policy | None:
     return conclude(request.out, chosen, baselines)
 
 
-def _shapes(request: Request) -> dict[str, planning.ModelShape]:
-    """Shapes of the target and of every draft, checked before anything starts."""
+def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
+    """Shapes of the target and of every draft, checked before anything starts. Raises PlanError."""
     shapes = {}
     for folder in [request.model, *request.drafts]:
         planning.check_folder(folder)
@@ -177,7 +177,7 @@ def _prepare_folder(request: Request) -> dict[str, Any]:
         "storage": request.storage,
         "seed": request.seed,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "autotune": version("autotune-llm"),
+        "autotune": __version__,
         "identity": identity,
     }
     _write(path, info)
@@ -218,7 +218,7 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
         worker = trials.uncapped()
         try:
             info["environment"] = worker.request("environment", 120)
-            info["environment"]["base_bytes"] = worker.hello["base_bytes"]
+            info["environment"] |= {"base_bytes": worker.hello["base_bytes"], "device_word": request.budget.device}
             words = {knob: list(request.space.choices[knob]) for knob in ("weights", "attention")}
             words["weights"] += [w for w in request.space.choices["draft_weights"] if w not in words["weights"]]
             heads = {"int8": "quanto-int8", "nf4": "bnb-nf4"}
