@@ -134,7 +134,7 @@ def run(**options: Any) -> None:
     from .run import tune
 
     request = _request(options)
-    console = Console(stderr=False)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     budget = request.budget
     console.print(f"{request.model.name} on {budget.device}, budget {mib(budget.bytes)}, into {request.out}", markup=False)
     with _plain_errors(), Display(console, request.workload.objective, request.timeout_s) as display:

@@ -153,6 +153,7 @@ class Record:
     reason: str = ""
     tokens_per_s: float | None = None
     tokens_per_s_interval: tuple[float, float] | None = None
+    spread: float | None = None  # standard deviation of the rounds' tokens/s over their median
     decode_tokens_per_s: float | None = None
     decode_tokens_per_s_interval: tuple[float, float] | None = None
     ttft_s: float | None = None

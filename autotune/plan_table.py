@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import click
 from rich.console import Console
@@ -49,7 +50,7 @@ def print_plan(request: Request, as_json: bool) -> None:
             f"{mib(p.total)}" + ("" if p.total <= request.budget.bytes else " over") for p in predictions.values()
         ]
         table.add_row(describe(configuration), *cells, str(fits) if fits else "none")
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     if len(rows) > SHOWN:
         console.print(f"{len(rows) - SHOWN} more; --json lists all")

@@ -124,7 +124,7 @@ class Search:
     def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:
         for candidate in candidates:
             record = self.known.get((candidate, context))
-            if record is not None and record.outcome in ("ok", "quality_loss"):
+            if record is not None and record.outcome in ("ok", "quality_loss", "unstable"):
                 return record
         return None
 

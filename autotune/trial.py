@@ -24,7 +24,7 @@ from .config import Budget, Configuration, LoadGroup, Outcome, Record, Workload,
 
 STARTUP_S = 300.0
 LOAD_S = 900.0
-STABLE = 0.25  # relative half-width of the interval above which a figure is no figure
+STABLE = 0.5  # standard deviation of the rounds' rates, relative to their median, above which a figure is no figure
 _LIMIT_S = {True: 6.0, False: 20.0}  # seconds of timed rounds: a look while searching, care for baseline and finalists
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
 
@@ -316,7 +316,7 @@ class Trials:
         if ratio is not None and not ratio <= 1 + self.workload.max_quality_loss:
             limit = self.workload.max_quality_loss
             return "quality_loss", f"perplexity is {ratio - 1:+.1%} of the reference's; the limit is {limit:+.1%}"
-        middle, interval = figures["tokens_per_s"], figures["tokens_per_s_interval"]
-        if interval is not None and (interval[1] - interval[0]) / 2 > STABLE * middle:
-            return "unstable", f"{middle:.1f} tokens/s, 95 % interval {interval[0]:.1f} to {interval[1]:.1f}"
+        if figures["spread"] > STABLE:
+            rate = figures["tokens_per_s"]
+            return "unstable", f"{rate:.1f} tokens/s, but rounds vary by {figures['spread']:.0%}: is something else running?"
         return "ok", ""

@@ -38,7 +38,7 @@ class Worker:
         self.say("phase", text=text)
 
     def start(self, device: str, budget_bytes: int | None, threads: int | None = None) -> dict[str, Any]:
-        self.phase("starting")
+        self.phase("importing libraries")
         import torch
         import transformers
 
@@ -51,6 +51,8 @@ class Worker:
             torch.set_num_threads(threads)
         _import_libraries()
         self.device = device
+        if device != "cpu":
+            self.phase("starting CUDA")
         self.meter = Meter(device, budget_bytes)
         uuid = "" if device == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
         return {"base_bytes": self.meter.base_bytes, "gpu_uuid": f"GPU-{uuid.removeprefix('GPU-')}" if uuid else None}
@@ -295,7 +297,8 @@ def _failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, Unsupported):
         return {"outcome": "unsupported", "reason": reason, "poisoned": bool(getattr(error, "poisons", False))}
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _host_allocation_failed(error):
-        return {"outcome": "out_of_memory", "reason": reason, "poisoned": False}
+        # CUDA's message goes on with advice about the whole device, which is not what is short here
+        return {"outcome": "out_of_memory", "reason": reason.partition(" GPU 0 ")[0], "poisoned": False}
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if raised_in.startswith(_PACKAGE) and not isinstance(error, OSError):
         return {"outcome": "bug", "reason": reason, "trace": trace, "poisoned": True}

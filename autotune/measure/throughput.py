@@ -63,6 +63,8 @@ def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
     for name in ("tokens_per_s", "decode_tokens_per_s", "ttft_s"):
         figures[name], low, high = rate_interval(samples, name)
         figures[f"{name}_interval"] = (low, high) if math.isfinite(high) else None
+    rates = _rounds(samples, "tokens_per_s")
+    figures["spread"] = statistics.stdev(rates) / statistics.median(rates) if len(rates) > 1 else 0.0
     proposed = sum(sample["proposed"] for sample in samples)
     verifications = sum(sample["verifications"] for sample in samples)
     if proposed:
