@@ -37,7 +37,7 @@ class Worker:
     def phase(self, text: str) -> None:
         self.say("phase", text=text)
 
-    def start(self, device: str, budget_bytes: int | None, threads: int | None = None) -> dict[str, Any]:
+    def start(self, device: str, budget_bytes: int | None) -> dict[str, Any]:
         self.phase("importing libraries")
         import torch
         import transformers
@@ -47,8 +47,6 @@ class Worker:
 
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        if threads:
-            torch.set_num_threads(threads)
         _import_libraries()
         self.device = device
         if device != "cpu":
