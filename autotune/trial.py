@@ -27,6 +27,7 @@ LOAD_S = 900.0
 STABLE = 0.25  # relative half-width of the interval above which a figure is no figure
 _LIMIT_S = {True: 6.0, False: 20.0}  # seconds of timed rounds: a look while searching, care for baseline and finalists
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
+WORKER = (sys.executable, "-m", "autotune.worker")
 
 Phase = Callable[[str], None]
 _QUALITY = tuple(
@@ -114,7 +115,7 @@ class WorkerProcess:
         }
         with log.open("ab") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "autotune.worker", str(to_child), str(from_child)],
+                [*WORKER, str(to_child), str(from_child)],
                 pass_fds=(to_child, from_child),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
