@@ -168,9 +168,11 @@ class WorkerProcess:
         try:
             event = json.loads(line)
         except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
             self.kill()
-            raise WorkerFailed("crashed", f"the worker sent what is not JSON: {line[:80]!r}") from None
-        return event  # type: ignore[no-any-return]
+            raise WorkerFailed("crashed", f"the worker sent what is no event: {line[:80]!r}")
+        return event
 
     def _epitaph(self) -> str:
         """How the process ended, and the last line that it wrote."""
