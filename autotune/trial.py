@@ -178,9 +178,9 @@ class WorkerProcess:
         """How the process ended, and the last line that it wrote."""
         self.kill()
         code = self.process.returncode
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return f"the worker was {how}" + (f": {lines[-1][:200]}" if lines and code > 0 else "")
+        return f"the worker {how}" + (f": {lines[-1][:200]}" if lines and code > 0 else "")
 
     def kill(self) -> None:
         if self.witness is not None:
