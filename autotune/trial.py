@@ -183,6 +183,8 @@ class WorkerProcess:
         return f"the worker {how}" + (f": {lines[-1][:200]}" if lines and code > 0 else "")
 
     def kill(self) -> None:
+        if self._out == -1:  # killed before: its number may be another process's by now
+            return
         if self.witness is not None:
             self.witness.stop()
         try:
@@ -190,11 +192,8 @@ class WorkerProcess:
         except ProcessLookupError:
             pass
         self.process.wait()
-        for descriptor in (self._out, self._in):
-            try:
-                os.close(descriptor)
-            except OSError:
-                pass  # closed before
+        os.close(self._out)
+        os.close(self._in)
         self._out = self._in = -1
 
 
