@@ -299,7 +299,7 @@ class Trials:
             answer = self._worker.request("load", LOAD_S, model=self.model, group=dataclasses.asdict(group))
         except WorkerFailed as failure:
             self.close()
-            where = WorkerFailed(failure.outcome, f"while loading: {failure.reason}", True)
+            where = WorkerFailed(failure.outcome, f"while loading: {failure.reason}", poisoned=False)
             if failure.outcome != "timeout":
                 self._failed[group] = where
             raise where from failure
