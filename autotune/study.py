@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,9 @@ class Studies:
             )
 
     def _open(self, suffix: str, seed: int) -> optuna.Study:
-        sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, group=True, seed=seed)
+        with warnings.catch_warnings():  # `group` is called experimental; the conditional space needs it
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, group=True, seed=seed)
         study = optuna.create_study(
             storage=self.storage,
             study_name=f"{self.name}/{suffix}",
