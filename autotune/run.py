@@ -103,6 +103,10 @@ def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
                 f"--draft {draft} has a vocabulary of {shapes[str(draft)].vocab_size} tokens, the model has "
                 f"{target.vocab_size}: speculation needs a draft with the model's own tokenizer"
             )
+        if None not in (words := (_vocabulary(request.model), _vocabulary(draft))) and words[0] != words[1]:
+            raise planning.PlanError(
+                f"--draft {draft} has other tokens than the model: speculation needs a draft with the model's own tokenizer"
+            )
     longest = max(request.workload.contexts) + request.workload.new_tokens
     if target.max_position_embeddings and longest > target.max_position_embeddings:
         raise planning.PlanError(
@@ -110,6 +114,16 @@ def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
             f"{longest} positions; the model has {target.max_position_embeddings}"
         )
     return shapes
+
+
+def _vocabulary(folder: Path) -> Any:
+    """Which token has which number; None where the folder has no tokenizer.json."""
+    try:
+        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise planning.PlanError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
 
 
 def _check_budget(request: Request, shapes: dict[str, planning.ModelShape]) -> None:
