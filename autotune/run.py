@@ -17,7 +17,7 @@ from . import plan as planning
 from .config import Budget, Configuration, LoadGroup, Record, Workload, mib
 from .policy import Policy, best_group, best_in_group, make_policy, write_policy
 from .report import RunData, write_report
-from .results import RunError, frame, read_records, read_run, storage_url
+from .results import RunError, frame, read_info, read_records, read_run, storage_url
 from .space import Space
 from .study import Search, Studies, complete
 from .trial import Inputs, Trials, WorkerFailed
@@ -172,9 +172,10 @@ def _prepare_folder(request: Request) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"--out {request.out} cannot be written: {error.strerror}") from None
     path = request.out / "run.json"
-    if path.exists():
-        info: dict[str, Any] = json.loads(path.read_text())
+    info = read_info(request.out) if path.exists() else {}
+    if "environment" in info:  # before that nothing was measured, and inputs may be mended
         differing = [key for key in identity if info["identity"].get(key) != identity[key]]
+        differing += ["storage"] if info["storage"] != request.storage else []
         if differing:
             raise RunError(
                 f"{request.out} holds a run with another {', '.join(differing)}: give this one a folder with --out, "

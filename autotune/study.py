@@ -39,7 +39,8 @@ class Studies:
         self.by_context = {context: self._open(str(context), seed + context) for context in contexts}
         self.extra = self._open("records", seed)
         stored = self.extra.user_attrs.get("identity")
-        if stored is None:
+        summaries = optuna.get_all_study_summaries(self.storage, include_best_trial=False)
+        if stored is None or not any(s.n_trials for s in summaries if s.study_name.startswith(f"{name}/")):
             self.extra.set_user_attr("identity", identity)
         elif stored != identity:
             differing = [key for key in identity if stored.get(key) != identity[key]]
