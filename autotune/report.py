@@ -183,7 +183,7 @@ class _View:
 
     def _chosen(self, rule: Mapping[str, Any], context: int) -> Record:
         """The stored record of a rule's configuration, or what the policy expects where the storage has none."""
-        configuration = _configuration({**(self.policy.get("load") or {}), **(rule.get("load") or {})}, rule["settings"])
+        configuration = _configuration(rule.get("load") or self.policy.get("load") or {}, rule["settings"])
         known = {"configuration": asdict(configuration), "context_tokens": context, "outcome": "ok"}
         expected = Record.from_json({**(rule.get("expected") or {}), **known})
         return self.measured.get((configuration, context), expected)

@@ -105,7 +105,7 @@ def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
             )
         if None not in (words := (_vocabulary(request.model), _vocabulary(draft))) and words[0] != words[1]:
             raise planning.PlanError(
-                f"--draft {draft} has other tokens than the model: speculation needs a draft with the model's own tokenizer"
+                f"--draft {draft} has other tokens than the model: speculation needs a draft with the model's tokenizer"
             )
     longest = max(request.workload.contexts) + request.workload.new_tokens
     if target.max_position_embeddings and longest > target.max_position_embeddings:
