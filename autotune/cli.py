@@ -188,8 +188,11 @@ def export(folder: Path, to: Path | None, kind: str) -> None:
             text = json.dumps(policy.model_dump(mode="json"), indent=2) + "\n"
         if to is None:
             click.echo(text, nl=False)
-        else:
+            return
+        try:
             to.write_text(text)
+        except OSError as error:
+            raise click.UsageError(f"--to {to} cannot be written: {error.strerror}") from None
 
 
 @_command("verify")

@@ -65,14 +65,24 @@ class Run:
         return Budget(**self.info["budget"])
 
 
-def read_run(folder: Path) -> Run:
-    """Raises RunError for a folder that holds no run."""
+def read_info(folder: Path) -> dict[str, Any]:
+    """What run.json says. Raises RunError for a folder that holds no run."""
     try:
         info = json.loads((folder / "run.json").read_text())
     except FileNotFoundError:
         raise RunError(f"{folder} holds no run.json: give the folder that autotune run wrote (--out)") from None
+    except OSError as error:
+        raise RunError(f"{folder / 'run.json'} cannot be read: {error.strerror}; check --out") from None
     except ValueError as error:
-        raise RunError(f"{folder / 'run.json'} is not valid JSON: {error}") from None
+        raise RunError(f"{folder / 'run.json'} is not valid JSON ({error}): give another folder with --out") from None
+    if not isinstance(info, dict) or "identity" not in info:
+        raise RunError(f"{folder / 'run.json'} is not what autotune run writes: give another folder with --out")
+    return info
+
+
+def read_run(folder: Path) -> Run:
+    """Raises RunError for a folder that holds no run."""
+    info = read_info(folder)
     return Run(folder, info, read_records(storage_url(folder, info), info["study"]))
 
 

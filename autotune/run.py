@@ -17,7 +17,7 @@ from . import plan as planning
 from .config import Budget, Configuration, LoadGroup, Record, Workload, mib
 from .policy import Policy, best_group, best_in_group, make_policy, write_policy
 from .report import RunData, write_report
-from .results import RunError, frame, read_records, read_run, storage_url
+from .results import RunError, frame, read_info, read_records, read_run, storage_url
 from .space import Space
 from .study import Search, Studies, complete
 from .trial import Inputs, Trials, WorkerFailed
@@ -103,6 +103,10 @@ def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
                 f"--draft {draft} has a vocabulary of {shapes[str(draft)].vocab_size} tokens, the model has "
                 f"{target.vocab_size}: speculation needs a draft with the model's own tokenizer"
             )
+        if None not in (words := (_vocabulary(request.model), _vocabulary(draft))) and words[0] != words[1]:
+            raise planning.PlanError(
+                f"--draft {draft} has other tokens than the model: speculation needs a draft with the model's tokenizer"
+            )
     longest = max(request.workload.contexts) + request.workload.new_tokens
     if target.max_position_embeddings and longest > target.max_position_embeddings:
         raise planning.PlanError(
@@ -110,6 +114,16 @@ def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
             f"{longest} positions; the model has {target.max_position_embeddings}"
         )
     return shapes
+
+
+def _vocabulary(folder: Path) -> Any:
+    """Which token has which number; None where the folder has no tokenizer.json."""
+    try:
+        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise planning.PlanError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
 
 
 def _check_budget(request: Request, shapes: dict[str, planning.ModelShape]) -> None:
@@ -158,9 +172,10 @@ def _prepare_folder(request: Request) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"--out {request.out} cannot be written: {error.strerror}") from None
     path = request.out / "run.json"
-    if path.exists():
-        info: dict[str, Any] = json.loads(path.read_text())
+    info = read_info(request.out) if path.exists() else {}
+    if "environment" in info:  # before that nothing was measured, and inputs may be mended
         differing = [key for key in identity if info["identity"].get(key) != identity[key]]
+        differing += ["storage"] if info["storage"] != request.storage else []
         if differing:
             raise RunError(
                 f"{request.out} holds a run with another {', '.join(differing)}: give this one a folder with --out, "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,8 @@ class Studies:
         self.by_context = {context: self._open(str(context), seed + context) for context in contexts}
         self.extra = self._open("records", seed)
         stored = self.extra.user_attrs.get("identity")
-        if stored is None:
+        summaries = optuna.get_all_study_summaries(self.storage, include_best_trial=False)
+        if stored is None or not any(s.n_trials for s in summaries if s.study_name.startswith(f"{name}/")):
             self.extra.set_user_attr("identity", identity)
         elif stored != identity:
             differing = [key for key in identity if stored.get(key) != identity[key]]
@@ -48,7 +50,9 @@ class Studies:
             )
 
     def _open(self, suffix: str, seed: int) -> optuna.Study:
-        sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, group=True, seed=seed)
+        with warnings.catch_warnings():  # `group` is called experimental; the conditional space needs it
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, group=True, seed=seed)
         study = optuna.create_study(
             storage=self.storage,
             study_name=f"{self.name}/{suffix}",
@@ -118,7 +122,8 @@ class Search:
         """Measure, per context, the first candidate that fits: what a user would run without tuning."""
         for candidate in candidates:
             for context in self.workload.contexts:
-                if self.baseline_of(context, candidates) is None and not self.fits(candidate, context):
+                known = (candidate, context) in self.known or self.baseline_of(context, candidates) is not None
+                if not known and not self.fits(candidate, context):
                     self._measured(candidate, context, "baseline")
 
     def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:

@@ -27,6 +27,7 @@ LOAD_S = 900.0
 STABLE = 0.5  # standard deviation of the rounds' rates, relative to their median, above which a figure is no figure
 _LIMIT_S = {True: 6.0, False: 20.0}  # seconds of timed rounds: a look while searching, care for baseline and finalists
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
+WORKER = (sys.executable, "-m", "autotune.worker")
 
 Phase = Callable[[str], None]
 _QUALITY = tuple(
@@ -114,7 +115,7 @@ class WorkerProcess:
         }
         with log.open("ab") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "autotune.worker", str(to_child), str(from_child)],
+                [*WORKER, str(to_child), str(from_child)],
                 pass_fds=(to_child, from_child),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
@@ -167,19 +168,23 @@ class WorkerProcess:
         try:
             event = json.loads(line)
         except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
             self.kill()
-            raise WorkerFailed("crashed", f"the worker sent what is not JSON: {line[:80]!r}") from None
-        return event  # type: ignore[no-any-return]
+            raise WorkerFailed("crashed", f"the worker sent what is no event: {line[:80]!r}")
+        return event
 
     def _epitaph(self) -> str:
         """How the process ended, and the last line that it wrote."""
         self.kill()
         code = self.process.returncode
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return f"the worker was {how}" + (f": {lines[-1][:200]}" if lines and code > 0 else "")
+        return f"the worker {how}" + (f": {lines[-1][:200]}" if lines and code > 0 else "")
 
     def kill(self) -> None:
+        if self._out == -1:  # killed before: its number may be another process's by now
+            return
         if self.witness is not None:
             self.witness.stop()
         try:
@@ -187,11 +192,8 @@ class WorkerProcess:
         except ProcessLookupError:
             pass
         self.process.wait()
-        for descriptor in (self._out, self._in):
-            try:
-                os.close(descriptor)
-            except OSError:
-                pass  # closed before
+        os.close(self._out)
+        os.close(self._in)
         self._out = self._in = -1
 
 
@@ -297,7 +299,7 @@ class Trials:
             answer = self._worker.request("load", LOAD_S, model=self.model, group=dataclasses.asdict(group))
         except WorkerFailed as failure:
             self.close()
-            where = WorkerFailed(failure.outcome, f"while loading: {failure.reason}", True)
+            where = WorkerFailed(failure.outcome, f"while loading: {failure.reason}", poisoned=False)
             if failure.outcome != "timeout":
                 self._failed[group] = where
             raise where from failure

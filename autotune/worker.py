@@ -289,9 +289,12 @@ def _failure(error: Exception) -> dict[str, Any]:
     import torch
 
     from .engine.load import Unsupported
+    from .measure.inputs import TextTooShort
 
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     trace = "".join(traceback.format_exception(error))
+    if isinstance(error, TextTooShort):
+        return {"outcome": "unsupported", "reason": reason, "poisoned": False}
     if isinstance(error, Unsupported):
         return {"outcome": "unsupported", "reason": reason, "poisoned": bool(getattr(error, "poisons", False))}
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _host_allocation_failed(error):

@@ -37,16 +37,18 @@ def prepare(
     arrays: dict[str, np.ndarray] = {}
     for context in contexts:
         # prompts start half a window before the windows' starts, so that no prompt is also scored from its start
-        arrays[f"windows_{context}"] = _cut(tokens, context + SCORED, windows, "text")
-        arrays[f"prompts_{context}"] = _cut(asked, context, PROMPTS, "prompts" if prompts else "text")
+        arrays[f"windows_{context}"] = _cut(tokens, context + SCORED, windows, "--text")
+        arrays[f"prompts_{context}"] = _cut(asked, context, PROMPTS, "--prompts" if prompts else "--text")
     np.savez(path, **arrays)  # type: ignore[arg-type]
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     return {"text_tokens": len(tokens), "text_sha256": hashlib.sha256(body.encode()).hexdigest(), "tokens_sha256": digest}
 
 
-def _cut(tokens: np.ndarray, length: int, count: int, name: str) -> np.ndarray:
+def _cut(tokens: np.ndarray, length: int, count: int, flag: str) -> np.ndarray:
     if len(tokens) < length:
-        raise TextTooShort(f"the {name} holds {len(tokens)} tokens; {length} are needed for the longest context")
+        raise TextTooShort(
+            f"{flag} holds {len(tokens)} tokens and {length} are needed: give a longer file, or shorter --contexts"
+        )
     starts = np.linspace(0, len(tokens) - length, count + 2)[1:-1].astype(int)
     return np.stack([tokens[start : start + length] for start in starts])
 

@@ -117,7 +117,9 @@ def module_bytes(module: nn.Module | None) -> int:
     if module is None:
         return 0
     storages: dict[int, int] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
+    int8 = [part.state for part in module.modules() if hasattr(part, "state")]  # has the scales after the first pass
+    scales = [state.SCB for state in int8 if isinstance(getattr(state, "SCB", None), torch.Tensor)]
+    for tensor in [*module.parameters(), *module.buffers(), *scales]:
         for part in _parts(tensor):
             storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
     return sum(storages.values())
