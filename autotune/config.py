@@ -77,6 +77,8 @@ class Configuration:
         """Settings without effect take their neutral value, so that equal behaviour compares equal."""
         if self.draft == "none":
             object.__setattr__(self, "depth", 0)
+        if self.draft == "prompt-lookup" and self.depth == 0:
+            object.__setattr__(self, "draft", "none")
         if self.draft in ("none", "prompt-lookup"):
             object.__setattr__(self, "draft_weights", "none")
         elif self.draft_weights == "none":
