@@ -1,7 +1,7 @@
 """The search: which configuration to measure next. The only file that talks to Optuna's study API.
 
-There is a study per context, with two objectives (rate up, perplexity down) and measured constraints (footprint, quality).
-The baseline comes first. Then a study is asked for a configuration, and while that load group is resident the other
+There is a study per context, with two objectives (rate up, perplexity down) and measured constraints (footprint,
+quality). The baseline comes first. Then a study is asked for a configuration, and while that load group is resident the other
 contexts' studies are asked for the knobs that need no reload, for at least as long as the load took. What was measured
 once is told again from memory, never measured again. Failures without figures are told as PRUNED with a violated
 constraint, because a sampler learns nothing from FAIL. How to measure is handed in: `measure(configuration, context)`.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,9 @@ class Studies:
             )
 
     def _open(self, suffix: str, seed: int) -> optuna.Study:
-        sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, group=True, seed=seed)
+        with warnings.catch_warnings():  # `group` is experimental, and what makes a joint model of a conditional space
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, group=True, seed=seed)
         study = optuna.create_study(
             storage=self.storage,
             study_name=f"{self.name}/{suffix}",
