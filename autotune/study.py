@@ -36,7 +36,6 @@ class Studies:
     def __init__(self, url: str, name: str, identity: dict[str, Any], contexts: Iterable[int], seed: int):
         """Opens or creates them. Raises RunError for a storage that belongs to another model or workload."""
         self.storage, self.name = open_storage(url), name
-        self.by_context = {context: self._open(str(context), seed + context) for context in contexts}
         self.extra = self._open("records", seed)
         stored = self.extra.user_attrs.get("identity")
         if stored is None:
@@ -47,6 +46,7 @@ class Studies:
                 f"the storage already holds a run with another {', '.join(differing)}: "
                 "give this one a folder of its own with --out, or repeat the first command to continue it"
             )
+        self.by_context = {context: self._open(str(context), seed + context) for context in contexts}
 
     def _open(self, suffix: str, seed: int) -> optuna.Study:
         with warnings.catch_warnings():  # `group` is experimental, and what makes a joint model of a conditional space
