@@ -59,8 +59,9 @@ class Studies:
             directions=["maximize", "minimize"],
             load_if_exists=True,
         )
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # a run that was killed
-            study.tell(trial.number, state=TrialState.FAIL)
+        unfinished = (TrialState.RUNNING, TrialState.WAITING)
+        for trial in study.get_trials(deepcopy=False, states=unfinished):  # a run that was killed
+            self.storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
         return study
 
     def keep(self, record: Record) -> None:
