@@ -10,6 +10,7 @@ constraint, because a sampler learns nothing from FAIL. How to measure is handed
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 import warnings
@@ -81,14 +82,17 @@ class Studies:
         trial.set_user_attr("outcome", record.outcome)
         if record.peak_bytes is not None:
             trial.set_constraint("footprint", record.peak_bytes / budget.bytes - 1)
-        if record.perplexity_ratio is not None:
-            trial.set_constraint("quality", record.perplexity_ratio - 1 - workload.max_quality_loss)
+        ratio = record.perplexity_ratio
+        if ratio is not None and not math.isfinite(ratio):
+            ratio = None  # Optuna takes no NaN; the outcome's constraint is violated all the same
+        if ratio is not None:
+            trial.set_constraint("quality", ratio - 1 - workload.max_quality_loss)
         trial.set_constraint("outcome", 0.0 if record.outcome == "ok" else 1.0)
         study = self.by_context[context]
-        if record.tokens_per_s is None or record.perplexity_ratio is None:
+        if record.tokens_per_s is None or ratio is None:
             study.tell(trial, state=TrialState.PRUNED)
         else:
-            study.tell(trial, [record.rate(workload.objective), record.perplexity_ratio])
+            study.tell(trial, [record.rate(workload.objective), ratio])
 
 
 @dataclass
