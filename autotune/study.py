@@ -115,12 +115,14 @@ class Search:
     def run(self) -> None:
         """Measure until time, trials or the space run out."""
         self._random = random.Random(self.seed)
-        while not self._over():
-            context = min(self.workload.contexts, key=lambda c: sum(known == c for _, known in self.known))
-            proposal = self._propose(context, None)
-            if proposal is None:
-                return
-            self._stay(proposal)
+        contexts = list(self.workload.contexts)
+        while contexts and not self._over():
+            context = min(contexts, key=lambda c: sum(at == c for _, at in self.known))
+            first = self._propose(context)
+            if first is None:
+                contexts.remove(context)
+            else:
+                self._stay(first, context)
 
     def baseline(self, candidates: list[Configuration]) -> None:
         """Measure, per context, the first candidate that fits: what a user would run without tuning."""
@@ -140,29 +142,37 @@ class Search:
         measured = sum(record.stage == "search" for record in self.known.values())
         return time.monotonic() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
 
-    def _stay(self, first: Configuration) -> None:
-        """Measure with the proposal's load group, over all contexts, for at least as long as loading it took."""
-        fixed = self.space.load_parameters(first)
+    def _stay(self, first: Configuration, at: int) -> None:
+        """Measure the proposal, then more of its load group at every context, for at least as long as loading took."""
         spent, load_s = 0.0, 0.0
+        proposal: Configuration | None = first
+        contexts = [at, *(context for context in self.workload.contexts if context != at)]
         while True:
-            for context in self.workload.contexts:
+            found = False
+            for context in contexts:
                 if self._over():
                     return
-                proposal = self._propose(context, fixed)
-                if proposal is None or proposal.load_group != first.load_group:
+                proposal = proposal or self._propose(context, first)
+                if proposal is None:
                     continue
+                found = True
                 record = self._measured(proposal, context, "search")
+                proposal = None
                 if record.load_s is None and record.reason.startswith("while loading"):
                     return
                 spent, load_s = spent + (record.measure_s or 0), record.load_s or load_s
-            if spent >= load_s:
+            if not found or spent >= load_s:
                 return
 
-    def _propose(self, context: int, fixed: dict[str, Any] | None) -> Configuration | None:
-        """A configuration that is not known at this context, or None where the space has no more."""
+    def _propose(self, context: int, like: Configuration | None = None) -> Configuration | None:
+        """A configuration that is not known at this context (of the load group of `like`), or None if there is none."""
+        fixed = None if like is None else self.space.load_parameters(like)
         for _ in range(_DUPLICATES):
             trial = self.studies.ask(context, fixed)
             configuration = self.space.suggest(trial)
+            if like is not None and configuration.load_group != like.load_group:  # it asks for a draft model
+                self.studies.by_context[context].tell(trial, state=TrialState.FAIL)  # no answer: nothing to learn
+                continue
             reason = self._hopeless(configuration, context)
             record = self.known.get((configuration, context))
             if record is not None:
@@ -175,20 +185,20 @@ class Search:
             else:
                 self._asked = (context, configuration, trial)
                 return configuration
-        return self._draw(context, fixed)
+        return self._draw(context, like)
 
-    def _draw(self, context: int, fixed: dict[str, Any] | None) -> Configuration | None:
+    def _draw(self, context: int, like: Configuration | None) -> Configuration | None:
         """One of the configurations that are left, at random."""
         left = [
             configuration
             for configuration in self.space.configurations()
             if (configuration, context) not in self.known
-            and (fixed is None or self.space.load_parameters(configuration) == fixed)
-            and not self._hopeless(configuration, context)
+            and (like is None or configuration.load_group == like.load_group)
         ]
-        if not left:
+        self._random.shuffle(left)
+        chosen = next((configuration for configuration in left if not self._hopeless(configuration, context)), None)
+        if chosen is None:
             return None
-        chosen = self._random.choice(left)
         self._asked = (context, chosen, self.studies.ask(context, self.space.parameters(chosen)))
         self.space.suggest(self._asked[2])
         return chosen
