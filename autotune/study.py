@@ -128,7 +128,8 @@ class Search:
         """Measure, per context, the first candidate that fits: what a user would run without tuning."""
         for candidate in candidates:
             for context in self.workload.contexts:
-                if self.baseline_of(context, candidates) is None and not self.fits(candidate, context):
+                known = (candidate, context) in self.known
+                if not known and self.baseline_of(context, candidates) is None and not self.fits(candidate, context):
                     self._measured(candidate, context, "baseline")
 
     def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:
