@@ -29,6 +29,7 @@ Measure = Callable[[Configuration, int, str], Record]
 Fits = Callable[[Configuration, int], str]  # why the plan says that it cannot fit, or nothing
 
 _DUPLICATES = 25  # suggestions in a row that were all known, after which one is drawn from what is left
+_TRIES = 3  # winners elsewhere that are tried at a context before the load group is left without a record there
 
 
 class Studies:
@@ -248,9 +249,16 @@ def complete(search: Search, group: LoadGroup) -> None:
                 key=lambda record: -record.rate(search.workload.objective),
             )
         ]
-        candidates = best[:1]
+        for candidate in list(dict.fromkeys(best))[:_TRIES]:
+            if _also(search, candidate, context) == "ok":
+                break
         if group.draft != "none" and best:
-            candidates.append(best[0].replace(depth=0))
-        for candidate in candidates:
-            if time.monotonic() < search.deadline and not search.fits(candidate, context):
-                search.measured(candidate, context)
+            _also(search, best[0].replace(depth=0), context)
+
+
+def _also(search: Search, configuration: Configuration, context: int) -> str:
+    """The outcome of a configuration at a context, measured if there is time and it may fit; nothing if not."""
+    known = (configuration, context) in search.known
+    if not known and (time.monotonic() >= search.deadline or search.fits(configuration, context)):
+        return ""
+    return search.measured(configuration, context).outcome
