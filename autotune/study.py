@@ -1,10 +1,11 @@
 """The search: which configuration to measure next. The only file that talks to Optuna's study API.
 
 There is a study per context, with two objectives (rate up, perplexity down) and measured constraints (footprint,
-quality). The baseline comes first. Then a study is asked for a configuration, and while that load group is resident the other
-contexts' studies are asked for the knobs that need no reload, for at least as long as the load took. What was measured
-once is told again from memory, never measured again. Failures without figures are told as PRUNED with a violated
-constraint, because a sampler learns nothing from FAIL. How to measure is handed in: `measure(configuration, context)`.
+quality). The baseline comes first. Then a study is asked for a configuration, and while that load group is resident
+the other contexts' studies are asked for the knobs that need no reload, for at least as long as the load took. What was
+measured once is told again from memory, never measured again. Failures without figures are told as PRUNED with a
+violated constraint, because a sampler learns nothing from FAIL. How to measure is handed in:
+`measure(configuration, context, stage)`.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class Search:
     known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
     skipped: int = 0
     on_record: Callable[[Record], None] = lambda record: None
+    _asked: tuple[int, Configuration, optuna.Trial] | None = field(default=None, init=False, repr=False)
 
     def run(self) -> None:
         """Measure until time, trials or the space run out."""
@@ -215,7 +217,7 @@ class Search:
         return self.fits(configuration, context)
 
     def _measured(self, configuration: Configuration, context: int, stage: str) -> Record:
-        asked = getattr(self, "_asked", None)
+        asked = self._asked
         trial = asked[2] if asked is not None and asked[:2] == (context, configuration) else None
         if trial is None:
             parameters = self.space.parameters(configuration)
