@@ -10,7 +10,6 @@ import dataclasses
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,17 +62,16 @@ class Space:
 
     def configurations(self) -> Iterator[Configuration]:
         """Every legal configuration once."""
-        seen = set()
-        for values in product(*self.choices.values()):
-            asked = dict(zip(self.choices, values, strict=True))
-            picked: dict[str, Any] = {}
-            for knob, value in asked.items():
-                if _applies(knob, picked):
-                    picked[knob] = value
-            configuration = Configuration(**picked)
-            if configuration not in seen:
-                seen.add(configuration)
-                yield configuration
+        yield from self._continue({})
+
+    def _continue(self, picked: dict[str, Any]) -> Iterator[Configuration]:
+        knobs = (knob for knob in self.choices if knob not in picked and _applies(knob, picked))
+        knob = next(knobs, None)
+        if knob is None:
+            yield Configuration(**picked)
+            return
+        for value in self.choices[knob]:
+            yield from self._continue({**picked, knob: value})
 
     def parameters(self, configuration: Configuration) -> dict[str, Any] | None:
         """The choices that lead to a configuration, for Optuna; None where the space does not hold it."""
@@ -99,7 +97,13 @@ class Space:
         return {knob: parameters[knob] for knob in fixed if knob in parameters}
 
     def restrict(
-        self, *, device: str, full_precision: str, drafts: list[str], sliding: bool, quantized: bool,
+        self,
+        *,
+        device: str,
+        full_precision: str,
+        drafts: list[str],
+        sliding: bool,
+        quantized: bool,
         failed: Mapping[str, Mapping[str, str]],
     ) -> Space:
         """What this machine and model can run. Raises SpaceError where a knob has nothing left."""
@@ -146,7 +150,7 @@ def read_space(name: str) -> Space:
 def _default(knob: str) -> tuple[Any, ...]:
     if knob == "depth":
         return (4,)
-    return (("bf16",) if knob == "draft_weights" else (getattr(Configuration(), knob),))
+    return ("bf16",) if knob == "draft_weights" else (getattr(Configuration(), knob),)
 
 
 def _choices(path: Path, knob: str, table: Any) -> tuple[Any, ...]:
