@@ -32,6 +32,7 @@ _WORDS: dict[str, tuple[str, ...] | None] = {
     "launch": LAUNCHES,
 }
 _MAX_DEPTH = 16
+_MAX_RANGE = 64  # values between low and high
 CAPTURABLE = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8")
 
 
@@ -140,6 +141,8 @@ def read_space(name: str) -> Space:
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.toml")))
         raise SpaceError(f"there is no search space {name}; give a TOML file or one of: {known}") from None
+    except OSError as error:
+        raise SpaceError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpaceError(f"{path} is not valid TOML: {error}") from None
     for key in tables:
@@ -169,6 +172,10 @@ def _choices(path: Path, knob: str, table: Any) -> tuple[Any, ...]:
             raise SpaceError(f"{path}: [{knob}] takes choices: {', '.join(_WORDS[knob] or ())}")
         if not _is_count(low) or not _is_count(high) or low > high:
             raise SpaceError(f"{path}: {knob}.low and {knob}.high must be whole numbers, low at most high")
+        for end in (low, high):
+            _check(path, knob, end)
+        if high - low >= _MAX_RANGE:
+            raise SpaceError(f"{path}: {knob}.low to {knob}.high are {high - low + 1} values; list some as choices")
         values: list[Any] = list(range(low, high + 1))
     else:
         values = table["choices"]
