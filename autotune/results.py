@@ -71,8 +71,15 @@ def read_run(folder: Path) -> Run:
         info = json.loads((folder / "run.json").read_text())
     except FileNotFoundError:
         raise RunError(f"{folder} holds no run.json: give the folder that autotune run wrote (--out)") from None
+    except OSError as error:
+        raise RunError(f"{folder / 'run.json'} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise RunError(f"{folder / 'run.json'} is not valid JSON: {error}") from None
+    missing = [key for key in ("workload", "budget", "study", "storage") if not isinstance(info, dict) or key not in info]
+    if missing:
+        raise RunError(f"{folder / 'run.json'} has no {missing[0]}: give the folder that autotune run wrote (--out)")
+    if info["storage"] is None and not (folder / "study.db").exists():
+        raise RunError(f"{folder} holds no study.db, so nothing that was measured")
     return Run(folder, info, read_records(storage_url(folder, info), info["study"]))
 
 
