@@ -92,21 +92,19 @@ def frame(records: list[Record]) -> pd.DataFrame:
     """A row per measured (configuration, context), as in trials.csv."""
     import pandas as pd
 
+    rows = [_row(record) for record in records]
+    return pd.DataFrame(rows, columns=None if rows else list(_row(Record(Configuration(), 0, "ok"))))
+
+
+def _row(record: Record) -> dict[str, Any]:
     skipped = {"configuration", "samples", "memory", "quality", "machine", "outcome", "reason", "context_tokens"}
-    knobs = [field.name for field in dataclasses.fields(Configuration)]
-    figures = [field.name for field in dataclasses.fields(Record) if field.name not in skipped]
-    rows = []
-    for record in records:
-        row: dict[str, Any] = {"context_tokens": record.context_tokens, "outcome": record.outcome}
-        row |= {"reason": record.reason, **dataclasses.asdict(record.configuration)}
-        for name in figures:
-            value = getattr(record, name)
-            if name.endswith("_interval"):
-                row[name.replace("_interval", "_low")] = value[0] if value else None
-                row[name.replace("_interval", "_high")] = value[1] if value else None
-            else:
-                row[name] = value
-        row |= {f"memory_{owner}_bytes": size for owner, size in record.memory.items()}
-        rows.append(row)
-    head = ["context_tokens", "outcome", "reason", *knobs]
-    return pd.DataFrame(rows, columns=None if rows else [*head, *figures])
+    row: dict[str, Any] = {"context_tokens": record.context_tokens, "outcome": record.outcome}
+    row |= {"reason": record.reason, **dataclasses.asdict(record.configuration)}
+    for name in (field.name for field in dataclasses.fields(Record) if field.name not in skipped):
+        value = getattr(record, name)
+        if name.endswith("_interval"):
+            row[name.replace("_interval", "_low")] = value[0] if value else None
+            row[name.replace("_interval", "_high")] = value[1] if value else None
+        else:
+            row[name] = value
+    return row | {f"memory_{owner}_bytes": size for owner, size in record.memory.items()}
