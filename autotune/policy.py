@@ -320,15 +320,17 @@ def _compare(
 
 def _evidence(records: list[Record], configuration: Configuration, context: int) -> list[Record]:
     """The records that a claim about a configuration rests on: the finals, else what the search measured."""
-    here = [
-        r for r in records if r.configuration == configuration and r.context_tokens == context and r.tokens_per_s
-    ]
+    here = [r for r in records if r.configuration == configuration and r.context_tokens == context and r.tokens_per_s]
     finals = [record for record in here if record.stage == "final" and record.outcome in ("ok", "quality_loss")]
     return finals or here
 
 
 def _rule(
-    records: list[Record], configuration: Configuration, baseline: Configuration | None, context: int, workload: Workload
+    records: list[Record],
+    configuration: Configuration,
+    baseline: Configuration | None,
+    context: int,
+    workload: Workload,
 ) -> Rule:
     evidence = _evidence(records, configuration, context)
     ratio, low, high = _compare(records, configuration, baseline, context, workload.objective)
