@@ -246,9 +246,12 @@ def _log_rounds(records: list[Record], objective: Objective) -> list[float]:
 
 
 def _t95(freedom: float) -> float:
-    """Two-sided 95 % quantile of Student's t by the Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5)."""
-    if freedom < 2.5:
-        return 12.706 if freedom < 1.5 else 4.303
+    """Two-sided 95 % quantile of Student's t by the Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5).
+
+    Below 3 degrees of freedom the expansion is too low: there the next lower whole number's value stands.
+    """
+    if freedom < 3:
+        return 12.706 if freedom < 2 else 4.303
     z = statistics.NormalDist().inv_cdf(0.975)
     g1 = (z**3 + z) / 4
     g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
