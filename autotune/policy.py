@@ -194,10 +194,15 @@ def best_group(records: Iterable[Record], workload: Workload) -> LoadGroup | Non
 
 def best_in_group(records: Iterable[Record], group: LoadGroup, context: int, objective: Objective) -> Record | None:
     """The simplest of the records that are as fast as the group's fastest at this context, within error."""
+    records = list(records)
+    broken = _broken(records, context)
     here = [
         record
         for record in records
-        if record.outcome == "ok" and record.context_tokens == context and record.configuration.load_group == group
+        if record.outcome == "ok"
+        and record.context_tokens == context
+        and record.configuration.load_group == group
+        and record.configuration not in broken
     ]
     if not here:
         return None
@@ -208,6 +213,12 @@ def best_in_group(records: Iterable[Record], group: LoadGroup, context: int, obj
         if record.rate(objective) >= TIE * best.rate(objective) and speedup([best], [record], objective)[1] <= 1
     ]
     return min([best, *ties], key=lambda record: (record.configuration.complexity, -record.rate(objective)))
+
+
+def _broken(records: Iterable[Record], context: int) -> set[Configuration]:
+    """What failed at this context at least once. Too little time and too much noise are no failures of its own."""
+    passing = ("ok", "timeout", "unstable")
+    return {r.configuration for r in records if r.context_tokens == context and r.outcome not in passing}
 
 
 def speedup(ours: list[Record], theirs: list[Record], objective: Objective) -> tuple[float, float, float]:
@@ -274,6 +285,7 @@ def make_policy(
 
     Rests on the records of stage `final` where there are some. None where nothing is feasible.
     """
+    chosen = _standing(records, chosen, workload.objective)
     comparisons = {
         context: _compare(records, configuration, baselines.get(context), context, workload.objective)
         for context, configuration in chosen.items()
@@ -309,6 +321,19 @@ def make_policy(
         rules=rules,
         baseline=stock,
     )
+
+
+def _standing(
+    records: list[Record], chosen: dict[int, Configuration], objective: Objective
+) -> dict[int, Configuration]:
+    """The chosen, or the next best of the load group where the chosen failed when it was measured again."""
+    standing = {}
+    for context, configuration in chosen.items():
+        if configuration not in _broken(records, context):
+            standing[context] = configuration
+        elif (best := best_in_group(records, configuration.load_group, context, objective)) is not None:
+            standing[context] = best.configuration
+    return standing
 
 
 def _compare(
