@@ -294,7 +294,7 @@ def make_policy(
     no_baseline = [c for c in chosen if c not in baselines]
     if not faster and not no_baseline and chosen:
         same_group = baselines[max(baselines)].load_group
-        kept = {c: b for c, b in baselines.items() if b.load_group == same_group}
+        kept = {c: b for c, b in baselines.items() if b.load_group == same_group and b not in _broken(records, c)}
         if set(kept) == set(chosen):
             chosen = kept
     rules = []
