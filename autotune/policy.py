@@ -99,7 +99,7 @@ class Baseline(_Model):
 class Policy(_Model):
     """How to run one model within one budget on one machine."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     model: ModelInfo
     budget_bytes: int = Field(gt=0)
     environment: dict[str, Any]
@@ -133,7 +133,8 @@ class Policy(_Model):
 
 def to_configuration(load: Load, settings: Settings) -> Configuration:
     """The knobs of a load group and a rule's settings together; a resident draft that is idle has depth 0."""
-    draft, depth = settings.draft, settings.depth
+    draft: str = settings.draft
+    depth = settings.depth
     if draft == "model" or (draft == "none" and load.draft != "none"):
         draft, depth = load.draft, depth if draft == "model" else 0
     return Configuration(
@@ -407,7 +408,7 @@ def expected_of(evidence: list[Record]) -> Expected:
     with_quality = next((r for r in evidence if r.perplexity_ratio is not None), evidence[0])
 
     def middle(name: str) -> float:
-        return statistics.median(getattr(record, name) for record in evidence)
+        return float(statistics.median(getattr(record, name) for record in evidence))
 
     lows, highs = zip(*(record.tokens_per_s_interval or (0.0, 0.0) for record in evidence), strict=True)
     return Expected(

@@ -75,7 +75,8 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"{folder / 'run.json'} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise RunError(f"{folder / 'run.json'} is not valid JSON: {error}") from None
-    missing = [key for key in ("workload", "budget", "study", "storage") if not isinstance(info, dict) or key not in info]
+    needed = ("workload", "budget", "study", "storage")
+    missing = [key for key in needed if not isinstance(info, dict) or key not in info]
     if missing:
         raise RunError(f"{folder / 'run.json'} has no {missing[0]}: give the folder that autotune run wrote (--out)")
     if info["storage"] is None and not (folder / "study.db").exists():

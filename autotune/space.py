@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from .config import ATTENTIONS, CACHES, EMBEDDINGS, LAUNCHES, LM_HEADS, WEIGHTS, Configuration
 
@@ -196,7 +196,7 @@ def _check(path: Path, knob: str, value: Any) -> None:
         raise SpaceError(f"{path}: depth has {value}; it must be 1 to {_MAX_DEPTH}")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -204,13 +204,13 @@ def _applies(knob: str, picked: Mapping[str, Any]) -> bool:
     """Whether the knob has an effect, and every choice of it is legal, given those picked before."""
     match knob:
         case "lm_head" | "embeddings":
-            return picked["weights"] != "checkpoint"
+            return bool(picked["weights"] != "checkpoint")
         case "draft_weights":
             return picked["draft"] not in ("none", "prompt-lookup")
         case "depth":
             return bool(picked["draft"] != "none")
         case "launch":
-            return picked["cache"] in CAPTURABLE and picked["weights"] != "bnb-int8"
+            return bool(picked["cache"] in CAPTURABLE and picked["weights"] != "bnb-int8")
         case _:
             return True
 
