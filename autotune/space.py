@@ -48,7 +48,7 @@ class Suggests(Protocol):
 
 @dataclass(frozen=True)
 class Space:
-    """Choices per knob, in the order of the file; `dropped` tells what was taken out, and why."""
+    """Choices per knob, in the order in which they are asked for; `dropped` tells what was taken out, and why."""
 
     choices: Mapping[str, tuple[Any, ...]]
     dropped: tuple[tuple[str, str, str], ...] = ()  # knob, word, reason
