@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 Outcome = Literal[
@@ -77,6 +78,8 @@ class Configuration:
         """Settings without effect take their neutral value, so that equal behaviour compares equal."""
         if self.draft == "none":
             object.__setattr__(self, "depth", 0)
+        if self.draft == "prompt-lookup" and self.depth == 0:
+            object.__setattr__(self, "draft", "none")
         if self.draft in ("none", "prompt-lookup"):
             object.__setattr__(self, "draft_weights", "none")
         elif self.draft_weights == "none":
@@ -230,7 +233,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _BYTE_UNITS:
         raise ValueError(f"'{text}' is not a memory size; write it like 6.5GB, 6200MiB or 6GiB")
-    size = int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+    size = int(Fraction(match[1]) * _BYTE_UNITS[match[2].lower()])
     if size <= 0:
         raise ValueError(f"'{text}' is not a positive memory size")
     return size

@@ -99,7 +99,7 @@ class Baseline(_Model):
 class Policy(_Model):
     """How to run one model within one budget on one machine."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     model: ModelInfo
     budget_bytes: int = Field(gt=0)
     environment: dict[str, Any]
@@ -133,7 +133,8 @@ class Policy(_Model):
 
 def to_configuration(load: Load, settings: Settings) -> Configuration:
     """The knobs of a load group and a rule's settings together; a resident draft that is idle has depth 0."""
-    draft, depth = settings.draft, settings.depth
+    draft: str = settings.draft
+    depth = settings.depth
     if draft == "model" or (draft == "none" and load.draft != "none"):
         draft, depth = load.draft, depth if draft == "model" else 0
     return Configuration(
@@ -194,10 +195,15 @@ def best_group(records: Iterable[Record], workload: Workload) -> LoadGroup | Non
 
 def best_in_group(records: Iterable[Record], group: LoadGroup, context: int, objective: Objective) -> Record | None:
     """The simplest of the records that are as fast as the group's fastest at this context, within error."""
+    records = list(records)
+    broken = _broken(records, context)
     here = [
         record
         for record in records
-        if record.outcome == "ok" and record.context_tokens == context and record.configuration.load_group == group
+        if record.outcome == "ok"
+        and record.context_tokens == context
+        and record.configuration.load_group == group
+        and record.configuration not in broken
     ]
     if not here:
         return None
@@ -208,6 +214,12 @@ def best_in_group(records: Iterable[Record], group: LoadGroup, context: int, obj
         if record.rate(objective) >= TIE * best.rate(objective) and speedup([best], [record], objective)[1] <= 1
     ]
     return min([best, *ties], key=lambda record: (record.configuration.complexity, -record.rate(objective)))
+
+
+def _broken(records: Iterable[Record], context: int) -> set[Configuration]:
+    """What failed at this context at least once. Too little time and too much noise are no failures of its own."""
+    passing = ("ok", "timeout", "unstable")
+    return {r.configuration for r in records if r.context_tokens == context and r.outcome not in passing}
 
 
 def speedup(ours: list[Record], theirs: list[Record], objective: Objective) -> tuple[float, float, float]:
@@ -246,9 +258,12 @@ def _log_rounds(records: list[Record], objective: Objective) -> list[float]:
 
 
 def _t95(freedom: float) -> float:
-    """Two-sided 95 % quantile of Student's t by the Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5)."""
-    if freedom < 2.5:
-        return 12.706 if freedom < 1.5 else 4.303
+    """Two-sided 95 % quantile of Student's t by the Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5).
+
+    Below 3 degrees of freedom the expansion is too low: there the next lower whole number's value stands.
+    """
+    if freedom < 3:
+        return 12.706 if freedom < 2 else 4.303
     z = statistics.NormalDist().inv_cdf(0.975)
     g1 = (z**3 + z) / 4
     g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
@@ -271,6 +286,7 @@ def make_policy(
 
     Rests on the records of stage `final` where there are some. None where nothing is feasible.
     """
+    chosen = _standing(records, chosen, workload.objective)
     comparisons = {
         context: _compare(records, configuration, baselines.get(context), context, workload.objective)
         for context, configuration in chosen.items()
@@ -279,7 +295,7 @@ def make_policy(
     no_baseline = [c for c in chosen if c not in baselines]
     if not faster and not no_baseline and chosen:
         same_group = baselines[max(baselines)].load_group
-        kept = {c: b for c, b in baselines.items() if b.load_group == same_group}
+        kept = {c: b for c, b in baselines.items() if b.load_group == same_group and b not in _broken(records, c)}
         if set(kept) == set(chosen):
             chosen = kept
     rules = []
@@ -308,6 +324,19 @@ def make_policy(
     )
 
 
+def _standing(
+    records: list[Record], chosen: dict[int, Configuration], objective: Objective
+) -> dict[int, Configuration]:
+    """The chosen, or the next best of the load group where the chosen failed when it was measured again."""
+    standing = {}
+    for context, configuration in chosen.items():
+        if configuration not in _broken(records, context):
+            standing[context] = configuration
+        elif (best := best_in_group(records, configuration.load_group, context, objective)) is not None:
+            standing[context] = best.configuration
+    return standing
+
+
 def _compare(
     records: list[Record], ours: Configuration, theirs: Configuration | None, context: int, objective: Objective
 ) -> tuple[float, float, float]:
@@ -320,15 +349,17 @@ def _compare(
 
 def _evidence(records: list[Record], configuration: Configuration, context: int) -> list[Record]:
     """The records that a claim about a configuration rests on: the finals, else what the search measured."""
-    here = [
-        r for r in records if r.configuration == configuration and r.context_tokens == context and r.tokens_per_s
-    ]
+    here = [r for r in records if r.configuration == configuration and r.context_tokens == context and r.tokens_per_s]
     finals = [record for record in here if record.stage == "final" and record.outcome in ("ok", "quality_loss")]
     return finals or here
 
 
 def _rule(
-    records: list[Record], configuration: Configuration, baseline: Configuration | None, context: int, workload: Workload
+    records: list[Record],
+    configuration: Configuration,
+    baseline: Configuration | None,
+    context: int,
+    workload: Workload,
 ) -> Rule:
     evidence = _evidence(records, configuration, context)
     ratio, low, high = _compare(records, configuration, baseline, context, workload.objective)
@@ -377,7 +408,7 @@ def expected_of(evidence: list[Record]) -> Expected:
     with_quality = next((r for r in evidence if r.perplexity_ratio is not None), evidence[0])
 
     def middle(name: str) -> float:
-        return statistics.median(getattr(record, name) for record in evidence)
+        return float(statistics.median(getattr(record, name) for record in evidence))
 
     lows, highs = zip(*(record.tokens_per_s_interval or (0.0, 0.0) for record in evidence), strict=True)
     return Expected(

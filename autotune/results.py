@@ -75,14 +75,18 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder / 'run.json'} cannot be read: {error.strerror}; check --out") from None
     except ValueError as error:
         raise RunError(f"{folder / 'run.json'} is not valid JSON ({error}): give another folder with --out") from None
-    if not isinstance(info, dict) or "identity" not in info:
-        raise RunError(f"{folder / 'run.json'} is not what autotune run writes: give another folder with --out")
-    return info
+    needed = ("workload", "budget", "study", "storage", "identity")
+    missing = [key for key in needed if not isinstance(info, dict) or key not in info]
+    if missing:
+        raise RunError(f"{folder / 'run.json'} has no {missing[0]}: give the folder that autotune run wrote (--out)")
+    return info  # type: ignore[no-any-return]
 
 
 def read_run(folder: Path) -> Run:
     """Raises RunError for a folder that holds no run."""
     info = read_info(folder)
+    if info["storage"] is None and not (folder / "study.db").exists():
+        raise RunError(f"{folder} holds no study.db, so nothing that was measured")
     return Run(folder, info, read_records(storage_url(folder, info), info["study"]))
 
 
@@ -95,21 +99,19 @@ def frame(records: list[Record]) -> pd.DataFrame:
     """A row per measured (configuration, context), as in trials.csv."""
     import pandas as pd
 
+    rows = [_row(record) for record in records]
+    return pd.DataFrame(rows, columns=None if rows else list(_row(Record(Configuration(), 0, "ok"))))
+
+
+def _row(record: Record) -> dict[str, Any]:
     skipped = {"configuration", "samples", "memory", "quality", "machine", "outcome", "reason", "context_tokens"}
-    knobs = [field.name for field in dataclasses.fields(Configuration)]
-    figures = [field.name for field in dataclasses.fields(Record) if field.name not in skipped]
-    rows = []
-    for record in records:
-        row: dict[str, Any] = {"context_tokens": record.context_tokens, "outcome": record.outcome}
-        row |= {"reason": record.reason, **dataclasses.asdict(record.configuration)}
-        for name in figures:
-            value = getattr(record, name)
-            if name.endswith("_interval"):
-                row[name.replace("_interval", "_low")] = value[0] if value else None
-                row[name.replace("_interval", "_high")] = value[1] if value else None
-            else:
-                row[name] = value
-        row |= {f"memory_{owner}_bytes": size for owner, size in record.memory.items()}
-        rows.append(row)
-    head = ["context_tokens", "outcome", "reason", *knobs]
-    return pd.DataFrame(rows, columns=None if rows else [*head, *figures])
+    row: dict[str, Any] = {"context_tokens": record.context_tokens, "outcome": record.outcome}
+    row |= {"reason": record.reason, **dataclasses.asdict(record.configuration)}
+    for name in (field.name for field in dataclasses.fields(Record) if field.name not in skipped):
+        value = getattr(record, name)
+        if name.endswith("_interval"):
+            row[name.replace("_interval", "_low")] = value[0] if value else None
+            row[name.replace("_interval", "_high")] = value[1] if value else None
+        else:
+            row[name] = value
+    return row | {f"memory_{owner}_bytes": size for owner, size in record.memory.items()}

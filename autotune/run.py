@@ -362,7 +362,8 @@ def _stock(full_precision: str, space: Space) -> list[Configuration]:
     if "checkpoint" in space.choices["weights"]:
         words = ["checkpoint"]
     attention = "sdpa" if "sdpa" in space.choices["attention"] else space.choices["attention"][0]
-    return [Configuration(weights=word, attention=attention) for word in words]
+    lm_head = full_precision if words[0] == full_precision else Configuration.lm_head
+    return [Configuration(weights=word, lm_head=lm_head, attention=attention) for word in words]
 
 
 def _dropped(space: Space) -> str:

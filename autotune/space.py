@@ -10,9 +10,8 @@ import dataclasses
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from .config import ATTENTIONS, CACHES, EMBEDDINGS, LAUNCHES, LM_HEADS, WEIGHTS, Configuration
 
@@ -33,6 +32,7 @@ _WORDS: dict[str, tuple[str, ...] | None] = {
     "launch": LAUNCHES,
 }
 _MAX_DEPTH = 16
+_MAX_RANGE = 64  # values between low and high
 CAPTURABLE = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8")
 
 
@@ -48,7 +48,7 @@ class Suggests(Protocol):
 
 @dataclass(frozen=True)
 class Space:
-    """Choices per knob, in the order of the file; `dropped` tells what was taken out, and why."""
+    """Choices per knob, in the order in which they are asked for; `dropped` tells what was taken out, and why."""
 
     choices: Mapping[str, tuple[Any, ...]]
     dropped: tuple[tuple[str, str, str], ...] = ()  # knob, word, reason
@@ -63,17 +63,16 @@ class Space:
 
     def configurations(self) -> Iterator[Configuration]:
         """Every legal configuration once."""
-        seen = set()
-        for values in product(*self.choices.values()):
-            asked = dict(zip(self.choices, values, strict=True))
-            picked: dict[str, Any] = {}
-            for knob, value in asked.items():
-                if _applies(knob, picked):
-                    picked[knob] = value
-            configuration = Configuration(**picked)
-            if configuration not in seen:
-                seen.add(configuration)
-                yield configuration
+        yield from self._continue({})
+
+    def _continue(self, picked: dict[str, Any]) -> Iterator[Configuration]:
+        knobs = (knob for knob in self.choices if knob not in picked and _applies(knob, picked))
+        knob = next(knobs, None)
+        if knob is None:
+            yield Configuration(**picked)
+            return
+        for value in self.choices[knob]:
+            yield from self._continue({**picked, knob: value})
 
     def parameters(self, configuration: Configuration) -> dict[str, Any] | None:
         """The choices that lead to a configuration, for Optuna; None where the space does not hold it."""
@@ -99,7 +98,13 @@ class Space:
         return {knob: parameters[knob] for knob in fixed if knob in parameters}
 
     def restrict(
-        self, *, device: str, full_precision: str, drafts: list[str], sliding: bool, quantized: bool,
+        self,
+        *,
+        device: str,
+        full_precision: str,
+        drafts: list[str],
+        sliding: bool,
+        quantized: bool,
         failed: Mapping[str, Mapping[str, str]],
     ) -> Space:
         """What this machine and model can run. Raises SpaceError where a knob has nothing left."""
@@ -119,6 +124,8 @@ class Space:
                         dropped.append((knob, str(name), reason))
                     elif name not in left:
                         left.append(name)
+            if knob == "weights" and quantized and not left:
+                left = ["checkpoint"]  # there is no other way to load it, whatever the space hoped for
             if not left:
                 reasons = "; ".join(f"{word}: {reason}" for name, word, reason in dropped if name == knob)
                 raise SpaceError(f"no choice of [{knob}] can run here ({reasons})")
@@ -134,6 +141,8 @@ def read_space(name: str) -> Space:
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.toml")))
         raise SpaceError(f"there is no search space {name}; give a TOML file or one of: {known}") from None
+    except OSError as error:
+        raise SpaceError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpaceError(f"{path} is not valid TOML: {error}") from None
     for key in tables:
@@ -146,7 +155,7 @@ def read_space(name: str) -> Space:
 def _default(knob: str) -> tuple[Any, ...]:
     if knob == "depth":
         return (4,)
-    return (("bf16",) if knob == "draft_weights" else (getattr(Configuration(), knob),))
+    return ("bf16",) if knob == "draft_weights" else (getattr(Configuration(), knob),)
 
 
 def _choices(path: Path, knob: str, table: Any) -> tuple[Any, ...]:
@@ -163,6 +172,10 @@ def _choices(path: Path, knob: str, table: Any) -> tuple[Any, ...]:
             raise SpaceError(f"{path}: [{knob}] takes choices: {', '.join(_WORDS[knob] or ())}")
         if not _is_count(low) or not _is_count(high) or low > high:
             raise SpaceError(f"{path}: {knob}.low and {knob}.high must be whole numbers, low at most high")
+        for end in (low, high):
+            _check(path, knob, end)
+        if high - low >= _MAX_RANGE:
+            raise SpaceError(f"{path}: {knob}.low to {knob}.high are {high - low + 1} values; list some as choices")
         values: list[Any] = list(range(low, high + 1))
     else:
         values = table["choices"]
@@ -183,7 +196,7 @@ def _check(path: Path, knob: str, value: Any) -> None:
         raise SpaceError(f"{path}: depth has {value}; it must be 1 to {_MAX_DEPTH}")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -191,13 +204,13 @@ def _applies(knob: str, picked: Mapping[str, Any]) -> bool:
     """Whether the knob has an effect, and every choice of it is legal, given those picked before."""
     match knob:
         case "lm_head" | "embeddings":
-            return picked["weights"] != "checkpoint"
+            return bool(picked["weights"] != "checkpoint")
         case "draft_weights":
             return picked["draft"] not in ("none", "prompt-lookup")
         case "depth":
             return bool(picked["draft"] != "none")
         case "launch":
-            return picked["cache"] in CAPTURABLE and picked["weights"] != "bnb-int8"
+            return bool(picked["cache"] in CAPTURABLE and picked["weights"] != "bnb-int8")
         case _:
             return True
 

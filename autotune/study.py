@@ -1,15 +1,17 @@
 """The search: which configuration to measure next. The only file that talks to Optuna's study API.
 
-There is a study per context, with two objectives (rate up, perplexity down) and measured constraints (footprint, quality).
-The baseline comes first. Then a study is asked for a configuration, and while that load group is resident the other
-contexts' studies are asked for the knobs that need no reload, for at least as long as the load took. What was measured
-once is told again from memory, never measured again. Failures without figures are told as PRUNED with a violated
-constraint, because a sampler learns nothing from FAIL. How to measure is handed in: `measure(configuration, context)`.
+There is a study per context, with two objectives (rate up, perplexity down) and measured constraints (footprint,
+quality). The baseline comes first. Then a study is asked for a configuration, and while that load group is resident
+the other contexts' studies are asked for the knobs that need no reload, for at least as long as the load took. What was
+measured once is told again from memory, never measured again. Failures without figures are told as PRUNED with a
+violated constraint, because a sampler learns nothing from FAIL. How to measure is handed in:
+`measure(configuration, context, stage)`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 import warnings
@@ -28,6 +30,7 @@ Measure = Callable[[Configuration, int, str], Record]
 Fits = Callable[[Configuration, int], str]  # why the plan says that it cannot fit, or nothing
 
 _DUPLICATES = 25  # suggestions in a row that were all known, after which one is drawn from what is left
+_TRIES = 3  # winners elsewhere that are tried at a context before the load group is left without a record there
 
 
 class Studies:
@@ -36,7 +39,6 @@ class Studies:
     def __init__(self, url: str, name: str, identity: dict[str, Any], contexts: Iterable[int], seed: int):
         """Opens or creates them. Raises RunError for a storage that belongs to another model or workload."""
         self.storage, self.name = open_storage(url), name
-        self.by_context = {context: self._open(str(context), seed + context) for context in contexts}
         self.extra = self._open("records", seed)
         stored = self.extra.user_attrs.get("identity")
         summaries = optuna.get_all_study_summaries(self.storage, include_best_trial=False)
@@ -48,9 +50,10 @@ class Studies:
                 f"the storage already holds a run with another {', '.join(differing)}: "
                 "give this one a folder of its own with --out, or repeat the first command to continue it"
             )
+        self.by_context = {context: self._open(str(context), seed + context) for context in contexts}
 
     def _open(self, suffix: str, seed: int) -> optuna.Study:
-        with warnings.catch_warnings():  # `group` is called experimental; the conditional space needs it
+        with warnings.catch_warnings():  # `group` is experimental, and what makes a joint model of a conditional space
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, group=True, seed=seed)
         study = optuna.create_study(
@@ -60,8 +63,9 @@ class Studies:
             directions=["maximize", "minimize"],
             load_if_exists=True,
         )
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # a run that was killed
-            study.tell(trial.number, state=TrialState.FAIL)
+        unfinished = (TrialState.RUNNING, TrialState.WAITING)
+        for trial in study.get_trials(deepcopy=False, states=unfinished):  # a run that was killed
+            self.storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
         return study
 
     def keep(self, record: Record) -> None:
@@ -81,14 +85,17 @@ class Studies:
         trial.set_user_attr("outcome", record.outcome)
         if record.peak_bytes is not None:
             trial.set_constraint("footprint", record.peak_bytes / budget.bytes - 1)
-        if record.perplexity_ratio is not None:
-            trial.set_constraint("quality", record.perplexity_ratio - 1 - workload.max_quality_loss)
+        ratio = record.perplexity_ratio
+        if ratio is not None and not math.isfinite(ratio):
+            ratio = None  # Optuna takes no NaN; the outcome's constraint is violated all the same
+        if ratio is not None:
+            trial.set_constraint("quality", ratio - 1 - workload.max_quality_loss)
         trial.set_constraint("outcome", 0.0 if record.outcome == "ok" else 1.0)
         study = self.by_context[context]
-        if record.tokens_per_s is None or record.perplexity_ratio is None:
+        if record.tokens_per_s is None or ratio is None:
             study.tell(trial, state=TrialState.PRUNED)
         else:
-            study.tell(trial, [record.rate(workload.objective), record.perplexity_ratio])
+            study.tell(trial, [record.rate(workload.objective), ratio])
 
 
 @dataclass
@@ -107,23 +114,26 @@ class Search:
     known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
     skipped: int = 0
     on_record: Callable[[Record], None] = lambda record: None
+    _asked: tuple[int, Configuration, optuna.Trial] | None = field(default=None, init=False, repr=False)
 
     def run(self) -> None:
         """Measure until time, trials or the space run out."""
         self._random = random.Random(self.seed)
-        while not self._over():
-            context = min(self.workload.contexts, key=lambda c: sum(known == c for _, known in self.known))
-            proposal = self._propose(context, None)
-            if proposal is None:
-                return
-            self._stay(proposal)
+        contexts = list(self.workload.contexts)
+        while contexts and not self._over():
+            context = min(contexts, key=lambda c: sum(at == c for _, at in self.known))
+            first = self._propose(context)
+            if first is None:
+                contexts.remove(context)
+            else:
+                self._stay(first, context)
 
     def baseline(self, candidates: list[Configuration]) -> None:
         """Measure, per context, the first candidate that fits: what a user would run without tuning."""
         for candidate in candidates:
             for context in self.workload.contexts:
-                known = (candidate, context) in self.known or self.baseline_of(context, candidates) is not None
-                if not known and not self.fits(candidate, context):
+                known = (candidate, context) in self.known
+                if not known and self.baseline_of(context, candidates) is None and not self.fits(candidate, context):
                     self._measured(candidate, context, "baseline")
 
     def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:
@@ -137,29 +147,37 @@ class Search:
         measured = sum(record.stage == "search" for record in self.known.values())
         return time.monotonic() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
 
-    def _stay(self, first: Configuration) -> None:
-        """Measure with the proposal's load group, over all contexts, for at least as long as loading it took."""
-        fixed = self.space.load_parameters(first)
+    def _stay(self, first: Configuration, at: int) -> None:
+        """Measure the proposal, then more of its load group at every context, for at least as long as loading took."""
         spent, load_s = 0.0, 0.0
+        proposal: Configuration | None = first
+        contexts = [at, *(context for context in self.workload.contexts if context != at)]
         while True:
-            for context in self.workload.contexts:
+            found = False
+            for context in contexts:
                 if self._over():
                     return
-                proposal = self._propose(context, fixed)
-                if proposal is None or proposal.load_group != first.load_group:
+                proposal = proposal or self._propose(context, first)
+                if proposal is None:
                     continue
+                found = True
                 record = self._measured(proposal, context, "search")
+                proposal = None
                 if record.load_s is None and record.reason.startswith("while loading"):
                     return
                 spent, load_s = spent + (record.measure_s or 0), record.load_s or load_s
-            if spent >= load_s:
+            if not found or spent >= load_s:
                 return
 
-    def _propose(self, context: int, fixed: dict[str, Any] | None) -> Configuration | None:
-        """A configuration that is not known at this context, or None where the space has no more."""
+    def _propose(self, context: int, like: Configuration | None = None) -> Configuration | None:
+        """A configuration that is not known at this context (of the load group of `like`), or None if there is none."""
+        fixed = None if like is None else self.space.load_parameters(like)
         for _ in range(_DUPLICATES):
             trial = self.studies.ask(context, fixed)
             configuration = self.space.suggest(trial)
+            if like is not None and configuration.load_group != like.load_group:  # it asks for a draft model
+                self.studies.by_context[context].tell(trial, state=TrialState.FAIL)  # no answer: nothing to learn
+                continue
             reason = self._hopeless(configuration, context)
             record = self.known.get((configuration, context))
             if record is not None:
@@ -172,20 +190,20 @@ class Search:
             else:
                 self._asked = (context, configuration, trial)
                 return configuration
-        return self._draw(context, fixed)
+        return self._draw(context, like)
 
-    def _draw(self, context: int, fixed: dict[str, Any] | None) -> Configuration | None:
+    def _draw(self, context: int, like: Configuration | None) -> Configuration | None:
         """One of the configurations that are left, at random."""
         left = [
             configuration
             for configuration in self.space.configurations()
             if (configuration, context) not in self.known
-            and (fixed is None or self.space.load_parameters(configuration) == fixed)
-            and not self._hopeless(configuration, context)
+            and (like is None or configuration.load_group == like.load_group)
         ]
-        if not left:
+        self._random.shuffle(left)
+        chosen = next((configuration for configuration in left if not self._hopeless(configuration, context)), None)
+        if chosen is None:
             return None
-        chosen = self._random.choice(left)
         self._asked = (context, chosen, self.studies.ask(context, self.space.parameters(chosen)))
         self.space.suggest(self._asked[2])
         return chosen
@@ -200,7 +218,7 @@ class Search:
         return self.fits(configuration, context)
 
     def _measured(self, configuration: Configuration, context: int, stage: str) -> Record:
-        asked = getattr(self, "_asked", None)
+        asked = self._asked
         trial = asked[2] if asked is not None and asked[:2] == (context, configuration) else None
         if trial is None:
             parameters = self.space.parameters(configuration)
@@ -234,9 +252,16 @@ def complete(search: Search, group: LoadGroup) -> None:
                 key=lambda record: -record.rate(search.workload.objective),
             )
         ]
-        candidates = best[:1]
+        for candidate in list(dict.fromkeys(best))[:_TRIES]:
+            if _also(search, candidate, context) == "ok":
+                break
         if group.draft != "none" and best:
-            candidates.append(best[0].replace(depth=0))
-        for candidate in candidates:
-            if time.monotonic() < search.deadline and not search.fits(candidate, context):
-                search.measured(candidate, context)
+            _also(search, best[0].replace(depth=0), context)
+
+
+def _also(search: Search, configuration: Configuration, context: int) -> str:
+    """The outcome of a configuration at a context, measured if there is time and it may fit; nothing if not."""
+    known = (configuration, context) in search.known
+    if not known and (time.monotonic() >= search.deadline or search.fits(configuration, context)):
+        return ""
+    return search.measured(configuration, context).outcome
