@@ -120,7 +120,10 @@ class StaticLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.length -= abs(tokens_to_remove)
+        tokens = abs(tokens_to_remove)
+        if tokens > self.length:
+            raise ValueError(f"{tokens} tokens cannot be rolled back: the cache holds {self.length}")
+        self.length -= tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0

@@ -123,6 +123,8 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
         layer.weight = bnb.nn.Params4bit(
             weight, requires_grad=False, compress_statistics=True, quant_type=word.removeprefix("bnb-"), module=layer
         ).to(device)
+        if linear.out_features % 32 or linear.in_features % 64:  # shapes that its packing for AVX-512 asserts against
+            layer.support_avx512bf16_for_cpu = False
     layer.bias = bias
     return layer  # type: ignore[no-any-return]
 
