@@ -357,13 +357,14 @@ def _reserve(search: Search, timeout_s: float) -> float:
 
 
 def _stock(full_precision: str, space: Space) -> list[Configuration]:
-    """What a user would run without tuning: unquantized, else nf4, each with stock settings."""
+    """What a user would run without tuning: unquantized, else nf4, else nf4 with the head in nf4 too; stock otherwise."""
     words = [full_precision, "bnb-nf4"]
     if "checkpoint" in space.choices["weights"]:
         words = ["checkpoint"]
     attention = "sdpa" if "sdpa" in space.choices["attention"] else space.choices["attention"][0]
     lm_head = full_precision if words[0] == full_precision else Configuration.lm_head
-    return [Configuration(weights=word, lm_head=lm_head, attention=attention) for word in words]
+    stock = [Configuration(weights=word, lm_head=lm_head, attention=attention) for word in words]
+    return [*stock, stock[-1].replace(lm_head="nf4")] if len(stock) > 1 else stock
 
 
 def _dropped(space: Space) -> str:

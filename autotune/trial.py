@@ -103,7 +103,7 @@ class Witness(threading.Thread):
 class WorkerProcess:
     """A running worker: one request at a time, events read as they come."""
 
-    def __init__(self, device: str, budget_bytes: int | None, log: Path, phase: Phase):
+    def __init__(self, log: Path, phase: Phase):
         self.phase, self.log = phase, log
         to_child, ours_out = os.pipe()
         ours_in, from_child = os.pipe()
@@ -127,21 +127,33 @@ class WorkerProcess:
         os.close(from_child)
         self._out, self._in, self._buffer = ours_out, ours_in, b""
         self.witness: Witness | None = None
+        self._send("preload", {})  # imports while the parent does something else; `start` waits for it
+
+    def start(self, device: str, budget_bytes: int | None) -> WorkerProcess:
+        """Cap the process on its device and begin to watch it."""
         try:
+            self._answer("preload", STARTUP_S)
             self.hello = self.request("start", STARTUP_S, device=device, budget_bytes=budget_bytes)
         except BaseException:
             self.kill()
             raise
         self.witness = Witness(self.process.pid, self.hello.get("gpu_uuid"))
         self.witness.start()
+        return self
 
     def request(self, op: str, timeout_s: float, **data: Any) -> dict[str, Any]:
         """The worker's answer. Raises WorkerFailed, or OurBug with the worker's traceback."""
-        deadline = time.monotonic() + timeout_s
+        self._send(op, data)
+        return self._answer(op, timeout_s)
+
+    def _send(self, op: str, data: dict[str, Any]) -> None:
         try:
             os.write(self._out, (json.dumps({"op": op, **data}) + "\n").encode())
         except BrokenPipeError:
             raise WorkerFailed("crashed", self._epitaph()) from None
+
+    def _answer(self, op: str, timeout_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
         while True:
             event = self._next(deadline, timeout_s, op)
             match event.pop("event"):
@@ -213,6 +225,7 @@ class Trials:
         self.inputs: Inputs | None = None
         self.loads = 0
         self._worker: WorkerProcess | None = None
+        self._spare: WorkerProcess | None = None
         self._group: LoadGroup | None = None
         self._failed: dict[LoadGroup, WorkerFailed] = {}
         self._quality: dict[tuple[tuple[str, ...], int], dict[str, Any]] = {}
@@ -228,11 +241,23 @@ class Trials:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        if self._spare is not None:
+            self._spare.kill()
 
     def close(self) -> None:
+        """End the worker; the next measurement starts in a fresh process."""
         if self._worker is not None:
             self._worker.kill()
         self._worker = self._group = None
+
+    def _start(self, budget_bytes: int | None) -> WorkerProcess:
+        """A fresh worker. On a GPU machine the one after it imports its libraries meanwhile; a CPU is left in peace."""
+        spawn = self._spare or WorkerProcess(self.folder / "worker.log", self.phase)
+        self._spare = None
+        worker = spawn.start(self.budget.device, budget_bytes)
+        if self.budget.device != "cpu":
+            self._spare = WorkerProcess(self.folder / "worker.log", self.phase)
+        return worker
 
     @property
     def group(self) -> LoadGroup | None:
@@ -241,7 +266,7 @@ class Trials:
 
     def uncapped(self) -> WorkerProcess:
         """A worker that the budget does not bind: for the probe, the inputs and the reference."""
-        return WorkerProcess(self.budget.device, None, self.folder / "worker.log", self.phase)
+        return self._start(None)
 
     def measure(
         self, configuration: Configuration, context: int, *, timeout_s: float = 600, stage: str = "search", bar: float | None = None
@@ -293,9 +318,7 @@ class Trials:
         self.close()
         self.loads += 1
         try:
-            self._worker = WorkerProcess(
-                self.budget.device, self.budget.bytes, self.folder / "worker.log", self.phase
-            )
+            self._worker = self._start(self.budget.bytes)
             answer = self._worker.request("load", LOAD_S, model=self.model, group=dataclasses.asdict(group))
         except WorkerFailed as failure:
             self.close()

@@ -37,17 +37,26 @@ class Worker:
     def phase(self, text: str) -> None:
         self.say("phase", text=text)
 
-    def start(self, device: str, budget_bytes: int | None) -> dict[str, Any]:
+    def preload(self) -> dict[str, Any]:
+        """Import everything, so that libraries count as the process's own and not as one configuration's footprint."""
         self.phase("importing libraries")
-        import torch
+        import accelerate  # noqa: F401
+        import bitsandbytes  # noqa: F401
+        import optimum.quanto  # noqa: F401
         import transformers
 
-        from . import engine as _engine  # noqa: F401
-        from .measure.memory import Meter
+        from .engine import decode  # noqa: F401
+        from .measure import machine, memory, quality, throughput  # noqa: F401
 
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        _import_libraries()
+        return {}
+
+    def start(self, device: str, budget_bytes: int | None) -> dict[str, Any]:
+        import torch
+
+        from .measure.memory import Meter
+
         self.device = device
         if device != "cpu":
             self.phase("starting CUDA")
@@ -264,14 +273,6 @@ class Worker:
         row = self.engine.score(prompt, [*text, expected], plain, 1)[-1]
         spacing = torch.finfo(row.dtype).eps * row.float().abs().max().item()
         return (row[expected].float() - row[ours].float()).item(), 8 * spacing
-
-
-def _import_libraries() -> None:
-    """Libraries that some configurations need count as part of the process, not as one configuration's footprint."""
-    import accelerate  # noqa: F401
-    import bitsandbytes  # noqa: F401
-    import optimum.quanto  # noqa: F401
-    from transformers.models.auto import modeling_auto  # noqa: F401
 
 
 def serve(requests: IO[str], events: IO[str]) -> None:

@@ -20,6 +20,7 @@ from autotune.config import parse_bytes
 FIGURES = {
     "peak_bytes": 1,
     "tokens_per_s": 10.0,
+    "spread": 0.01,
     "tokens_per_s_interval": (9.9, 10.1),
     "perplexity_ratio": 1.0,
     "wrong_output": "",
@@ -28,6 +29,9 @@ FIGURES = {
 
 class Light(worker.Worker):
     """Everything of the worker but the model."""
+
+    def preload(self) -> dict[str, Any]:
+        return {}
 
     def start(self, **_: Any) -> dict[str, Any]:
         _act(self, "start")

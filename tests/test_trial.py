@@ -199,7 +199,7 @@ import sys, time
 from pathlib import Path
 from autotune import trial
 trial.WORKER = (sys.executable, sys.argv[1])
-worker = trial.WorkerProcess("cpu", None, Path(sys.argv[2]), print)
+worker = trial.WorkerProcess(Path(sys.argv[2]), print).start("cpu", None)
 print("worker", worker.process.pid, flush=True)
 worker.request("measure", 600)
 """
@@ -269,7 +269,7 @@ def test_the_same_text_at_the_same_context_has_its_quality_measured_once(trials:
 
 
 def test_a_request_to_a_worker_that_was_killed_says_so(plant: Plant, tmp_path: Path) -> None:
-    worker = WorkerProcess("cpu", None, tmp_path / "log", lambda text: None)
+    worker = WorkerProcess(tmp_path / "log", lambda text: None).start("cpu", None)
     worker.process.kill()
     assert is_gone(worker.process.pid)
     with pytest.raises(WorkerFailed, match="killed by SIGKILL"):
