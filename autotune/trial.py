@@ -25,7 +25,7 @@ from .config import Budget, Configuration, LoadGroup, Outcome, Record, Workload,
 STARTUP_S = 300.0
 LOAD_S = 900.0
 STABLE = 0.5  # standard deviation of the rounds' rates, relative to their median, above which a figure is no figure
-_LIMIT_S = {True: 6.0, False: 20.0}  # seconds of timed rounds: a look while searching, care for baseline and finalists
+_LOOK, _CARE = (2, 6.0), (3, 20.0)  # least rounds and seconds of them: while searching, and for finalists
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
 WORKER = (sys.executable, "-m", "autotune.worker")
 
@@ -274,6 +274,7 @@ class Trials:
         """One measured (configuration, context). Whatever goes wrong is the record's outcome, but for a bug of ours."""
         assert self.inputs is not None
         began = time.monotonic()
+        rounds, limit_s = _CARE if stage == "final" else _LOOK
         known = self._quality.get((configuration.quality_key, context))
         try:
             worker = self._ready(configuration.load_group)
@@ -287,7 +288,8 @@ class Trials:
                 new_tokens=self.workload.new_tokens,
                 inputs=self.inputs.tokens,
                 reference=self.inputs.references[context] if known is None else None,
-                limit_s=min(_LIMIT_S[stage == "search"], timeout_s / 4),
+                min_rounds=rounds,
+                limit_s=min(limit_s, timeout_s / 4),
                 bar=bar,
             )
         except WorkerFailed as failure:

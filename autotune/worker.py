@@ -164,6 +164,7 @@ class Worker:
         new_tokens: int,
         inputs: str,
         reference: str | None,
+        min_rounds: int,
         limit_s: float,
         bar: float | None,
     ) -> dict[str, Any]:
@@ -184,6 +185,7 @@ class Worker:
             chosen,
             prompts,
             new_tokens,
+            min_rounds=min_rounds,
             limit_s=limit_s,
             bar=bar,
             on_round=lambda rounds: self.phase(f"timing, round {rounds}"),
@@ -193,7 +195,9 @@ class Worker:
         figures |= {key: max(value or 0, self.load_peaks[key] or 0) or None for key, value in peaks.items()}
         figures["memory"] = self._owners(peaks, generations[-1])
         figures["machine"] = {"before": before, "after": state(self.device)}
-        wrong = self._wrong_output(chosen, context, prompts, new_tokens, [g.tokens for g in generations])
+        checked = len(prompts) if min_rounds > 2 else 1  # a finalist's text is checked for every prompt
+        texts = [generation.tokens for generation in generations]
+        wrong = self._wrong_output(chosen, context, prompts[:checked], new_tokens, texts[:checked])
         if reference is not None:
             self.phase("measuring quality")
             figures |= self._quality(chosen, inputs, context, reference)
@@ -244,15 +248,15 @@ class Worker:
     ) -> str:
         """Why the text is not that of plain decoding with the same cache, or nothing (promise 3)."""
         plain = configuration.replace(draft="none", depth=0, launch="eager")
-        if plain.quality_key == configuration.quality_key and configuration in (plain,):
-            key = (plain.cache, plain.prefill_chunk, context, new_tokens)
+        key = (plain.cache, plain.prefill_chunk, context, new_tokens)
+        if configuration == plain or (configuration.depth == 0 and configuration.launch == "eager"):
             self.plain[key] = texts
             return ""
-        key = (plain.cache, plain.prefill_chunk, context, new_tokens)
-        if key not in self.plain:
+        known = self.plain.setdefault(key, [])
+        for prompt in prompts[len(known) :]:
             self.phase("checking the text")
-            self.plain[key] = [self.engine.generate(prompt, plain, new_tokens).tokens for prompt in prompts]
-        for index, (text, expected) in enumerate(zip(texts, self.plain[key], strict=True)):
+            known.append(self.engine.generate(prompt, plain, new_tokens).tokens)
+        for index, (text, expected) in enumerate(zip(texts, known, strict=False)):
             if text == expected:
                 continue
             at = next((i for i, pair in enumerate(zip(text, expected, strict=False)) if pair[0] != pair[1]), None)

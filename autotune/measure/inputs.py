@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-PROMPTS = 3  # prompts per context
+PROMPTS = 2  # prompts per context
 SCORED = 128  # tokens scored after each window's context
 
 
