@@ -7,7 +7,9 @@ quantized (GPTQ, AWQ, ...) go through transformers' own loader.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ def load_model(
         _place(module, name, tensors, dtype, target)
         if type(module) is nn.Linear:
             _replace(model, name, quantize_linear(module, weights, device))
+            _trim(device)
     if output is not None:
         name = next(name for name, module in model.named_modules() if module is output)
         if tied and lm_head in ("bf16", "fp32") and embeddings == "device":
@@ -75,6 +78,7 @@ def load_model(
             source = "weight" if tied else None
             _place(output, _name_of(model, embedding) if source else name, tensors, dtype, device)
         _replace(model, name, quantize_linear(output, _HEAD_WORDS[lm_head], device))
+        _trim(device)
     leftovers = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if leftovers:
         raise Unsupported(f"the checkpoint has no tensor for {leftovers[0]} ({len(leftovers)} missing in all)")
@@ -232,6 +236,14 @@ def _place(module: nn.Module, name: str, tensors: _Tensors, dtype: torch.dtype, 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _trim(device: str) -> None:
+    """On a CPU the holes that quantizing leaves in the heap would count as the process's memory: give them back."""
+    if device == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
+        if trim is not None:
+            trim(0)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
