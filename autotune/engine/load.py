@@ -115,6 +115,8 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
         )
         layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     else:
+        if device == "cpu" and linear.in_features % 64:  # there its kernels give rows the scales of their neighbours
+            raise Unsupported(f"{word} on a CPU needs layers whose input is a multiple of 64, not {linear.in_features}")
         layer = bnb.nn.Linear4bit(
             linear.in_features,
             linear.out_features,
@@ -127,7 +129,7 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
         layer.weight = bnb.nn.Params4bit(
             weight, requires_grad=False, compress_statistics=True, quant_type=word.removeprefix("bnb-"), module=layer
         ).to(device)
-        if linear.out_features % 32 or linear.in_features % 64:  # shapes that its packing for AVX-512 asserts against
+        if linear.out_features % 32:  # its packing for AVX-512 asserts that there is no remainder
             layer.support_avx512bf16_for_cpu = False
     layer.bias = bias
     return layer  # type: ignore[no-any-return]
@@ -179,10 +181,16 @@ class _Tensors:
         missing = {name for name, _ in model.named_parameters()} - set(self._names)
         if not all(name in model.all_tied_weights_keys for name in missing):
             whole, report = AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
             )
             if report["missing_keys"]:
                 raise Unsupported(f"the checkpoint has no tensor for {min(report['missing_keys'])}")
+            for name, stored, wanted_shape in sorted(report["mismatched_keys"]):
+                raise Unsupported(f"{name} has shape {tuple(stored)}, the config says {tuple(wanted_shape)}")
             self._converted = whole.state_dict()
 
     def get(self, name: str) -> torch.Tensor | None:
