@@ -7,7 +7,9 @@ quantized (GPTQ, AWQ, ...) go through transformers' own loader.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ def load_model(
         _place(module, name, tensors, dtype, target)
         if type(module) is nn.Linear:
             _replace(model, name, quantize_linear(module, weights, device))
+            _trim(device)
     if output is not None:
         name = next(name for name, module in model.named_modules() if module is output)
         if tied and lm_head in ("bf16", "fp32") and embeddings == "device":
@@ -75,6 +78,7 @@ def load_model(
             source = "weight" if tied else None
             _place(output, _name_of(model, embedding) if source else name, tensors, dtype, device)
         _replace(model, name, quantize_linear(output, _HEAD_WORDS[lm_head], device))
+        _trim(device)
     leftovers = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if leftovers:
         raise Unsupported(f"the checkpoint has no tensor for {leftovers[0]} ({len(leftovers)} missing in all)")
@@ -111,6 +115,8 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
         )
         layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     else:
+        if device == "cpu" and linear.in_features % 64:  # there its kernels give rows the scales of their neighbours
+            raise Unsupported(f"{word} on a CPU needs layers whose input is a multiple of 64, not {linear.in_features}")
         layer = bnb.nn.Linear4bit(
             linear.in_features,
             linear.out_features,
@@ -123,7 +129,7 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
         layer.weight = bnb.nn.Params4bit(
             weight, requires_grad=False, compress_statistics=True, quant_type=word.removeprefix("bnb-"), module=layer
         ).to(device)
-        if linear.out_features % 32 or linear.in_features % 64:  # shapes that its packing for AVX-512 asserts against
+        if linear.out_features % 32:  # its packing for AVX-512 asserts that there is no remainder
             layer.support_avx512bf16_for_cpu = False
     layer.bias = bias
     return layer  # type: ignore[no-any-return]
@@ -175,10 +181,16 @@ class _Tensors:
         missing = {name for name, _ in model.named_parameters()} - set(self._names)
         if not all(name in model.all_tied_weights_keys for name in missing):
             whole, report = AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
             )
             if report["missing_keys"]:
                 raise Unsupported(f"the checkpoint has no tensor for {min(report['missing_keys'])}")
+            for name, stored, wanted_shape in sorted(report["mismatched_keys"]):
+                raise Unsupported(f"{name} has shape {tuple(stored)}, the config says {tuple(wanted_shape)}")
             self._converted = whole.state_dict()
 
     def get(self, name: str) -> torch.Tensor | None:
@@ -232,6 +244,14 @@ def _place(module: nn.Module, name: str, tensors: _Tensors, dtype: torch.dtype, 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _trim(device: str) -> None:
+    """On a CPU the holes that quantizing leaves in the heap would count as the process's memory: give them back."""
+    if device == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
+        if trim is not None:
+            trim(0)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
