@@ -49,6 +49,8 @@ def load_model(
 
     Raises Unsupported for a combination that this model or machine cannot run.
     """
+    if attention == "split_kv":
+        _register_split_kv(device)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     dtype = compute_dtype(weights, device)
     if weights == "checkpoint":
@@ -125,6 +127,17 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
         ).to(device)
     layer.bias = bias
     return layer  # type: ignore[no-any-return]
+
+
+def _register_split_kv(device: str) -> None:
+    """Raises Unsupported where Triton's kernels cannot run."""
+    if device == "cpu":
+        raise Unsupported("attention = split_kv needs a GPU")
+    try:
+        from .attention import register
+    except ImportError as error:
+        raise Unsupported(f"attention = split_kv needs Triton: {error}") from error
+    register()
 
 
 def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
