@@ -148,6 +148,11 @@ class Engine:
         result.verifications += 1
         return tokens
 
+    def close(self) -> None:
+        """Let go of the caches and graphs that are kept for further requests."""
+        self._recordings.drop("target")
+        self._recordings.drop("draft")
+
     def _drafter(
         self, configuration: Configuration, prompt: list[int], capacity: int
     ) -> _ModelDraft | _PromptLookup | None:
@@ -166,8 +171,7 @@ class Engine:
             if role == "target" and (configuration.depth == 0 or not configuration.has_draft_model):
                 self._recordings.drop("draft")
             return self._recordings.runner(role, model, configuration, capacity, sizes, self.device, self.group)
-        self._recordings.drop("target")
-        self._recordings.drop("draft")
+        self.close()
         embeddings = self.group.embeddings if role == "target" else "device"
         return Runner(model, configuration.cache, capacity, self.device, embeddings)
 
