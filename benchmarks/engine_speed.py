@@ -3,7 +3,7 @@
 A decode step reads every weight once, so its floor is the weights' bytes over the memory's bandwidth; stock `generate`
 is an order of magnitude above it, since the host launches thousands of kernels for a step. The same configuration gave
 15 and 28 tokens/s minutes apart, so only interleaved repeats are compared: every round runs every configuration once.
-(What `torch.compile` compiled belongs to one cache: compiled configurations have rounds of their own, at the end.)
+(What `torch.compile` compiled belongs to one cache, so compiled configurations are repeated one by one, at the end.)
 
 A rate is new tokens after the first, over the time from the first to the last. Before each timed request an untimed one
 of a few tokens records the steps. Peaks are the allocator's, over the timed request. MAD is the median absolute
@@ -112,7 +112,7 @@ def switch(engine: Engine, configuration: Configuration) -> None:
 def rounds(
     engine: Engine, named: dict[str, Configuration], prompt: list[int], new_tokens: int, repeats: int
 ) -> Iterator[Row]:
-    """One row per configuration and round; without `named`, of stock only."""
+    """One row per configuration and round, and one of stock in each."""
     for repeat in range(repeats):
         for name, configuration in named.items():
             try:
@@ -236,7 +236,12 @@ def _context(
     rows += rounds(engine, configurations(weights, depths, compiled=False), prompt, new_tokens, repeats)
     if compiled:
         for name, configuration in configurations(weights, depths, compiled=True).items():
-            rows += rounds(engine, {name: configuration}, prompt, new_tokens, repeats)
+            switch(engine, configuration)
+            try:
+                for _ in range(repeats):
+                    rows.append({"name": name, **ours(engine, configuration, prompt, new_tokens), **_peaks()})
+            except Unsupported as error:
+                click.echo(f"{name}: unsupported: {error}")
     if chunk:
         rows += prefill(engine, prompt, chunk, repeats)
     for name in dict.fromkeys(row["name"] for row in rows):

@@ -148,7 +148,7 @@ def test_scores_are_the_eager_ones(cache: str, step: int) -> None:
 
 def test_a_step_past_the_end_is_refused_before_it_is_launched() -> None:
     model = make_model("llama")
-    runner = graph.StepRunner(model, ("static", "graph", 256), "cpu", "device", "sdpa", None)
+    runner = graph.StepRunner(model, ("static", "graph", "sdpa", 256), "cpu", "device")
     runner.start((1,))
     with torch.inference_mode():
         runner.prefill(PROMPT * 2 + PROMPT[:76], 0)

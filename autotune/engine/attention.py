@@ -29,6 +29,7 @@ from .load import Unsupported
 
 WORD = "split_kv"
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
+WARPS, STAGES = 4, 3
 FULL, FLOAT8 = 0, 16  # the kernel's words for a layer's storage; the others are bits per stored value
 
 
@@ -159,6 +160,8 @@ def _split_kv(
             VALUE_GROUP=value_group,
             SLIDING=window,
             BLOCK=GROUP,
+            num_warps=WARPS,
+            num_stages=STAGES,
         )
         _combine[(kv_heads, count * group)](
             partial, statistics, output, **shape, PARTS_PADDED=triton.next_power_of_2(parts)
@@ -173,11 +176,21 @@ def _(query: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 @triton.jit
-def _decoded(codes, position, channel, ok, DIM: tl.constexpr, BITS: tl.constexpr):
-    """Stored codes of a tile, as float32: several channels share a byte."""
+def _codes(codes, at, some, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr):
+    """A tile's codes as float32 [tokens, bytes of a token, codes of a byte]; each byte is read once."""
     packed: tl.constexpr = DIM * BITS // 8
-    byte = tl.load(codes + position[:, None] * packed + (channel % packed)[None, :], mask=ok, other=0)
-    return ((byte >> ((channel // packed) * BITS)[None, :]) & ((1 << BITS) - 1)).to(tl.float32)
+    column = tl.arange(0, PADDED * BITS // 8)
+    ok = some[:, None] & (column < packed)[None, :]
+    byte = tl.load(codes + at[:, None] * packed + column[None, :], mask=ok, other=0)
+    if BITS == 2:
+        low = tl.join((byte & 3).to(tl.float32), ((byte >> 2) & 3).to(tl.float32))
+        high = tl.join(((byte >> 4) & 3).to(tl.float32), (byte >> 6).to(tl.float32))
+        result = tl.join(low, high).reshape(byte.shape[0], byte.shape[1], 4)
+    elif BITS == 4:
+        result = tl.join((byte & 15).to(tl.float32), (byte >> 4).to(tl.float32))
+    else:
+        result = byte.to(tl.float32)[:, :, None]
+    return result
 
 
 @triton.jit
@@ -187,6 +200,22 @@ def _float8(codes, scales, position, channel, ok, some, DIM: tl.constexpr):
     half = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
     scale = tl.load(scales + position, mask=some, other=0).to(tl.float32)
     return half.to(tl.float16, bitcast=True).to(tl.float32) * (scale * 256.0)[:, None]
+
+
+@triton.jit
+def _part_of(index, SHARE: tl.constexpr):
+    """Which part of a token's channels the codes of a byte belong to, in the order in which `_codes` joins them."""
+    return 2 * (index % 2) + index // 2 if SHARE == 4 else index
+
+
+@triton.jit
+def _recent(states, slot, some, DIM: tl.constexpr, PADDED: tl.constexpr, SHARE: tl.constexpr):
+    """A tile of the full-precision window, its channels in the order in which `_codes` joins them."""
+    within = tl.arange(0, PADDED // SHARE)
+    channel = _part_of(tl.arange(0, SHARE), SHARE)[:, None] * (DIM // SHARE) + within[None, :]
+    ok = some[:, None, None] & (within < DIM // SHARE)[None, None, :]
+    tile = tl.load(states + slot[:, None, None] * DIM + channel[None, :, :], mask=ok, other=0.0)
+    return tl.permute(tile, (0, 2, 1)).reshape(slot.shape[0], PADDED)
 
 
 @triton.jit
@@ -225,15 +254,18 @@ def _part(
     part = tl.program_id(1)
     kv_heads = tl.num_programs(0)
     row = tl.arange(0, ROWS)
-    channel = tl.arange(0, PADDED)
+    SHARE: tl.constexpr = 8 // KIND if KIND > 0 and KIND < 8 else 1  # codes in a byte
+    index = tl.arange(0, PADDED)
+    # Channels stand in the order in which bytes are unpacked, which a product over all of them does not notice.
+    within = index // SHARE
+    channel = _part_of(index % SHARE, SHARE) * (DIM // SHARE) + within
+    inside = within < DIM // SHARE
     held = tl.load(tokens_ptr).to(tl.int32)
     token = row // HEADS_PER_KV
     position = held + token  # of each row's query
     used = row < COUNT * HEADS_PER_KV
     query_row = (head * HEADS_PER_KV + row % HEADS_PER_KV) * query_head_stride + token * query_token_stride
-    query = tl.load(
-        query_ptr + query_row[:, None] + channel[None, :], mask=used[:, None] & (channel < DIM)[None, :], other=0.0
-    )
+    query = tl.load(query_ptr + query_row[:, None] + channel[None, :], mask=used[:, None] & inside[None, :], other=0.0)
 
     first = held * 0  # the oldest position that any query sees
     if SLIDING > 0:
@@ -260,14 +292,14 @@ def _part(
     for start in range(begin, stop, BLOCK):
         at = start + tl.arange(0, BLOCK)
         some = at < stop
-        ok = some[:, None] & (channel < DIM)[None, :]
-        recent = head * slots * DIM + (at - window_begin)[:, None] * DIM + channel[None, :]
-        if KIND == 0:  # noqa: SIM114 - KIND is known when compiling, `part` is not
-            key = tl.load(keys_ptr + recent, mask=ok, other=0.0)
-            value = tl.load(values_ptr + recent, mask=ok, other=0.0)
+        ok = some[:, None] & inside[None, :]
+        if KIND == 0:
+            recent = at[:, None] * DIM + channel[None, :]
+            key = tl.load(keys_ptr + head * slots * DIM + recent, mask=ok, other=0.0)
+            value = tl.load(values_ptr + head * slots * DIM + recent, mask=ok, other=0.0)
         elif part == PARTS - 1:
-            key = tl.load(keys_ptr + recent, mask=ok, other=0.0)
-            value = tl.load(values_ptr + recent, mask=ok, other=0.0)
+            key = _recent(keys_ptr + head * slots * DIM, at - window_begin, some, DIM, PADDED, SHARE)
+            value = _recent(values_ptr + head * slots * DIM, at - window_begin, some, DIM, PADDED, SHARE)
         elif KIND == 16:
             base = head * capacity
             key = _float8(key_codes_ptr + base * DIM, key_scale_ptr + base, at, channel, ok, some, DIM)
@@ -275,19 +307,33 @@ def _part(
             key = key.to(query.dtype)
             value = value.to(query.dtype)
         else:
-            packed: tl.constexpr = DIM * KIND // 8
-            groups: tl.constexpr = DIM // VALUE_GROUP
-            inside = channel < DIM
             group = (head * (capacity // BLOCK) + start // BLOCK) * DIM + channel
-            key = _decoded(key_codes_ptr + head * capacity * packed, at, channel, ok, DIM, KIND)
             key_scale = tl.load(key_scale_ptr + group, mask=inside, other=0.0).to(tl.float32)
             key_minimum = tl.load(key_minimum_ptr + group, mask=inside, other=0.0).to(tl.float32)
+            base = head * capacity
+            key = _codes(key_codes_ptr + base * (DIM // SHARE), at, some, DIM, PADDED, KIND).reshape(BLOCK, PADDED)
             key = (key * key_scale[None, :] + key_minimum[None, :]).to(query.dtype)
-            value = _decoded(value_codes_ptr + head * capacity * packed, at, channel, ok, DIM, KIND)
-            group_2d = (head * capacity + at)[:, None] * groups + (channel // VALUE_GROUP)[None, :]
-            value_scale = tl.load(value_scale_ptr + group_2d, mask=ok, other=0.0).to(tl.float32)
-            value_minimum = tl.load(value_minimum_ptr + group_2d, mask=ok, other=0.0).to(tl.float32)
-            value = (value * value_scale + value_minimum).to(query.dtype)
+            value = _codes(value_codes_ptr + base * (DIM // SHARE), at, some, DIM, PADDED, KIND)
+            groups: tl.constexpr = DIM // VALUE_GROUP
+            scales = value_scale_ptr + base * groups
+            minima = value_minimum_ptr + base * groups
+            if SHARE % groups == 0:  # the channels that share a place in their bytes share a scale
+                place = at[:, None] * groups + (_part_of(tl.arange(0, SHARE), SHARE) * groups // SHARE)[None, :]
+                value_scale = tl.load(scales + place, mask=some[:, None], other=0.0).to(tl.float32)
+                value_minimum = tl.load(minima + place, mask=some[:, None], other=0.0).to(tl.float32)
+                value = value * value_scale[:, None, :] + value_minimum[:, None, :]
+            elif SHARE == 1 and PADDED == DIM:
+                place = at[:, None] * groups + tl.arange(0, groups)[None, :]
+                value_scale = tl.load(scales + place, mask=some[:, None], other=0.0).to(tl.float32)
+                value_minimum = tl.load(minima + place, mask=some[:, None], other=0.0).to(tl.float32)
+                value = value.reshape(BLOCK, groups, VALUE_GROUP)
+                value = value * value_scale[:, :, None] + value_minimum[:, :, None]
+            else:
+                place = at[:, None] * groups + (channel // VALUE_GROUP)[None, :]
+                value_scale = tl.load(scales + place, mask=ok, other=0.0).to(tl.float32)
+                value_minimum = tl.load(minima + place, mask=ok, other=0.0).to(tl.float32)
+                value = value.reshape(BLOCK, PADDED) * value_scale + value_minimum
+            value = value.reshape(BLOCK, PADDED).to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         seen = (at[None, :] <= position[:, None]) & some[None, :]
         if SLIDING > 0:
@@ -305,7 +351,7 @@ def _part(
     tl.store(statistics_ptr + out, maximum)
     tl.store(statistics_ptr + kv_heads * PARTS * ROWS + out, total)
     if begin < stop:
-        tl.store(partial_ptr + out[:, None] * PADDED + channel[None, :], result)
+        tl.store(partial_ptr + out[:, None] * PADDED + channel[None, :], result, mask=inside[None, :])
 
 
 @triton.jit

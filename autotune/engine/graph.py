@@ -60,7 +60,6 @@ class Recordings:
     """What an engine keeps between requests: at most one runner for its target and one for its draft."""
 
     kept: dict[str, StepRunner] = field(default_factory=dict)
-    pool: Any = None  # the CUDA graphs' memory pool: they never run at the same time
 
     def runner(
         self,
@@ -73,14 +72,11 @@ class Recordings:
         group: LoadGroup,
     ) -> StepRunner:
         """The runner for a request of at most `capacity` tokens, whose steps mostly take `sizes` tokens."""
-        key = (configuration.cache, configuration.launch, bucket(capacity))
+        key = (configuration.cache, configuration.launch, group.attention, bucket(capacity))
         kept = self.kept.get(role)
         if kept is None or kept.key != key:
             self.drop(role)
-            if self.pool is None and device != "cpu":
-                self.pool = torch.cuda.graph_pool_handle()
-            embeddings = group.embeddings if role == "target" else "device"
-            kept = StepRunner(model, key, device, embeddings, group.attention, self.pool)
+            kept = StepRunner(model, key, device, group.embeddings if role == "target" else "device")
             self.kept[role] = kept
         kept.start(sizes)
         return kept
@@ -100,14 +96,14 @@ class _Step:
 class StepRunner(Runner):
     """A runner whose short steps are replayed; longer ones, such as the prompt, run eagerly."""
 
-    def __init__(
-        self, model: PreTrainedModel, key: tuple[str, str, int], device: str, embeddings: str, attention: str, pool: Any
-    ) -> None:
-        cache, self.launch, capacity = self.key = key
+    def __init__(self, model: PreTrainedModel, key: tuple[str, str, str, int], device: str, embeddings: str) -> None:
+        """`key` is the words for cache, launch and attention, and the capacity."""
+        cache, self.launch, self.attention, capacity = self.key = key
         super().__init__(model, cache, capacity, device, embeddings, spare=LONGEST)
-        self.attention, self.pool = attention, pool
+        # One memory pool for all its graphs, which never run at the same time; it ends with the last of them.
+        self.pool: Any = None if device == "cpu" else torch.cuda.graph_pool_handle()
         tokens, stored = torch.zeros(2, 1, dtype=torch.int64, device=device)
-        self.lengths = Lengths(tokens, stored, read=attention != "split_kv")
+        self.lengths = Lengths(tokens, stored, read=self.attention != "split_kv")
         self.steps: dict[int, _Step] = {}
         self.sizes: tuple[int, ...] = ()
         self._bind(self.cache)
