@@ -37,7 +37,7 @@ CACHES = (
     "offloaded",
     "sliding",
 )
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTIONS = ("eager", "sdpa", "split_kv", "flash_attention_2", "flash_attention_3", "flex_attention")
 LAUNCHES = ("eager", "graph", "compile")
 
 MIB = 2**20

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from .linear import Int4Linear, Merged, Slice, concatenated, fits_int4, siblings
+
 Progress = Callable[[str], None]
 
 
@@ -46,11 +48,15 @@ def load_model(
     attention: str = "sdpa",
     device: str = "cpu",
     progress: Progress = lambda phase: None,
+    merge: bool | None = None,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode on `device`, its linear layers stored as `weights` says.
 
+    With `merge` (the default on a GPU), projections that read the same input become one product.
     Raises Unsupported for a combination that this model or machine cannot run.
     """
+    if attention == "split_kv":
+        _register_split_kv(device)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     dtype = compute_dtype(weights, device)
     if weights == "checkpoint":
@@ -62,12 +68,16 @@ def load_model(
     output = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
+    groups = siblings(model) if (device != "cpu" if merge is None else merge) and weights in _MERGED else {}
     for name, module in list(model.named_modules()):
         if module is output:
             continue
-        target = "cpu" if module is embedding and embeddings == "host" else device
-        _place(module, name, tensors, dtype, target)
-        if type(module) is nn.Linear:
+        on_host = (module is embedding and embeddings == "host") or name in groups
+        _place(module, name, tensors, dtype, "cpu" if on_host else device)
+        if name in groups:
+            if name == groups[name][-1]:
+                _merge(model, groups[name], weights, device)
+        elif type(module) is nn.Linear:
             _replace(model, name, quantize_linear(module, weights, device))
             _trim(device)
     if output is not None:
@@ -85,6 +95,7 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
+_MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4")  # those with products of their own for few tokens
 _HEAD_WORDS = {"bf16": "bf16", "fp32": "fp32", "int8": "quanto-int8", "nf4": "bnb-nf4"}
 
 
@@ -95,6 +106,8 @@ def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
     assert isinstance(linear, nn.Linear)
     if word.startswith("bnb"):
         return _bitsandbytes_linear(linear, word, device)
+    if word == "quanto-int4" and fits_int4(linear):
+        return Int4Linear(linear)
     from optimum.quanto import QLinear, qint4, qint8
 
     quantized = QLinear.from_module(linear, weights=qint8 if word == "quanto-int8" else qint4)
@@ -102,6 +115,16 @@ def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
     quantized.freeze()
     quantized.requires_grad_(False)
     return quantized  # type: ignore[no-any-return]
+
+
+def _merge(model: nn.Module, names: tuple[str, ...], weights: str, device: str) -> None:
+    """Put one product in the place of several layers, whose weights are in host memory."""
+    layers = [model.get_submodule(name) for name in names]
+    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    whole = quantize_linear(concatenated(linears, device), weights, device)
+    merged = Merged(whole, [linear.out_features for linear in linears])
+    for index, name in enumerate(names):
+        _replace(model, name, Slice(merged, index))
 
 
 def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module:
@@ -133,6 +156,17 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
             layer.support_avx512bf16_for_cpu = False
     layer.bias = bias
     return layer  # type: ignore[no-any-return]
+
+
+def _register_split_kv(device: str) -> None:
+    """Raises Unsupported where Triton's kernels cannot run."""
+    if device == "cpu":
+        raise Unsupported("attention = split_kv needs a GPU")
+    try:
+        from .attention import register
+    except ImportError as error:
+        raise Unsupported(f"attention = split_kv needs Triton: {error}") from error
+    register()
 
 
 def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
