@@ -56,7 +56,7 @@ def load_model(
     Raises Unsupported for a combination that this model or machine cannot run.
     """
     if attention == "split_kv":
-        _register_split_kv(device)
+        register_split_kv(device)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     dtype = compute_dtype(weights, device)
     if weights == "checkpoint":
@@ -69,7 +69,15 @@ def load_model(
     embedding = model.get_input_embeddings()
     tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
     groups = siblings(model) if (device != "cpu" if merge is None else merge) and weights in _MERGED else {}
-    for name, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    shared = tied and lm_head in ("bf16", "fp32") and embeddings == "device"
+    if output is not None and not shared:
+        # first, while the device is empty: it is the largest matrix, and quantizing it takes it whole
+        name = _name_of(model, output)
+        _place(output, _name_of(model, embedding) if tied else name, tensors, dtype, device)
+        _replace(model, name, quantize_linear(output, _HEAD_WORDS[lm_head], device))
+        _trim(device)
+    for name, module in modules:
         if module is output:
             continue
         on_host = (module is embedding and embeddings == "host") or name in groups
@@ -80,15 +88,8 @@ def load_model(
         elif type(module) is nn.Linear:
             _replace(model, name, quantize_linear(module, weights, device))
             _trim(device)
-    if output is not None:
-        name = next(name for name, module in model.named_modules() if module is output)
-        if tied and lm_head in ("bf16", "fp32") and embeddings == "device":
-            output.weight = embedding.weight
-        else:
-            source = "weight" if tied else None
-            _place(output, _name_of(model, embedding) if source else name, tensors, dtype, device)
-        _replace(model, name, quantize_linear(output, _HEAD_WORDS[lm_head], device))
-        _trim(device)
+    if output is not None and shared:
+        output.weight = embedding.weight
     leftovers = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if leftovers:
         raise Unsupported(f"the checkpoint has no tensor for {leftovers[0]} ({len(leftovers)} missing in all)")
@@ -158,7 +159,7 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
     return layer  # type: ignore[no-any-return]
 
 
-def _register_split_kv(device: str) -> None:
+def register_split_kv(device: str) -> None:
     """Raises Unsupported where Triton's kernels cannot run."""
     if device == "cpu":
         raise Unsupported("attention = split_kv needs a GPU")

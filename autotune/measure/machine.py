@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engine.load import Unsupported, compute_dtype, full_precision, quantize_linear
+from ..engine.load import Unsupported, compute_dtype, full_precision, quantize_linear, register_split_kv
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -109,6 +109,8 @@ def _run_weights(word: str, device: str) -> None:
 
 
 def _run_attention(word: str, device: str) -> None:
+    if word == "split_kv":
+        return register_split_kv(device)
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
