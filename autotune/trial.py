@@ -25,7 +25,7 @@ from .config import Budget, Configuration, LoadGroup, Outcome, Record, Workload,
 STARTUP_S = 300.0
 LOAD_S = 900.0
 STABLE = 0.5  # standard deviation of the rounds' rates, relative to their median, above which a figure is no figure
-_LOOK, _CARE = (2, 6.0), (3, 20.0)  # least rounds and seconds of them: while searching, and for finalists
+_LOOK, _CARE = (2, 6.0), (3, 10.0)  # least rounds and seconds of them: while searching, and for finalists
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
 WORKER = (sys.executable, "-m", "autotune.worker")
 

@@ -108,7 +108,9 @@ def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
     if word.startswith("bnb"):
         return _bitsandbytes_linear(linear, word, device)
     if word == "quanto-int4" and fits_int4(linear):
-        return Int4Linear(linear)
+        packed = Int4Linear(linear)
+        linear.weight = None  # type: ignore[assignment] # who still holds the layer must not hold its weight
+        return packed
     from optimum.quanto import QLinear, qint4, qint8
 
     quantized = QLinear.from_module(linear, weights=qint8 if word == "quanto-int8" else qint4)
@@ -123,6 +125,8 @@ def _merge(model: nn.Module, names: tuple[str, ...], weights: str, device: str) 
     layers = [model.get_submodule(name) for name in names]
     linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
     whole = quantize_linear(concatenated(linears, device), weights, device)
+    for linear in linears:
+        linear.weight = None  # type: ignore[assignment]
     merged = Merged(whole, [linear.out_features for linear in linears])
     for index, name in enumerate(names):
         _replace(model, name, Slice(merged, index))
