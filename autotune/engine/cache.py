@@ -69,7 +69,8 @@ def rollback(cache: Cache, tokens: int) -> None:
     """Forget the newest `tokens` tokens."""
     if tokens > 0:
         for layer in cache.layers:
-            layer.crop(-tokens)
+            if layer.is_initialized:  # layers that share another's keys and values hold nothing
+                layer.crop(-tokens)
 
 
 def stored_bytes(cache: Cache) -> int:
