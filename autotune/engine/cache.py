@@ -21,12 +21,16 @@ from .load import Unsupported
 
 GROUP = 64  # tokens that share a scale, per key channel
 WINDOW = 32  # newest tokens that always stay in full precision; the deepest rollback
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values only
 
 
 def make_cache(word: str, config: Any, capacity: int, device: str) -> Cache:
     """An empty cache for one request of at most `capacity` tokens. Raises Unsupported."""
     text = config.get_text_config(decoder=True)
     layers = int(text.num_hidden_layers)
+    stateful = set(getattr(text, "layer_types", None) or ()) - _ATTENTION
+    if stateful:
+        raise Unsupported(f"{text.model_type} has {min(stateful)} layers: their state cannot be rolled back")
     match word:
         case "dynamic":
             # Without the config every layer keeps all tokens; models with a window mask what they must not see.
