@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, tiny
 from tiny_models import WINDOW as SLIDING_WINDOW
-from transformers import LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    FalconH1Config,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 from transformers.cache_utils import Cache
 
 from autotune.config import CACHES
@@ -430,6 +438,32 @@ def test_a_window_that_the_model_switches_off_is_no_window():
 def test_offloading_needs_a_gpu():
     with pytest.raises(Unsupported, match="there is no GPU here"):
         make_cache("offloaded", FULL, 100, "cpu")
+
+
+@pytest.mark.parametrize("word", HERE)
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MambaConfig(), "mamba has linear_attention layers"),
+        (FalconH1Config(), "falcon_h1 has hybrid layers"),
+        (Qwen3NextConfig(), "qwen3_next has linear_attention layers"),
+        (Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2), "lfm2 has conv layers"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_layers_with_a_state_of_their_own_are_unsupported_by_name(word, config, reason):
+    with pytest.raises(Unsupported, match=f"{reason}: their state cannot be rolled back"):
+        make_cache(word, config, 100, "cpu")
+
+
+@pytest.mark.parametrize("word", [word for word in HERE if word != "sliding"])  # that one knows of them from the config
+def test_layers_that_share_the_keys_of_others_are_rolled_back_with_them(word):
+    cache, new = new_cache(word), states(5)
+    for tokens in (5, 2):
+        cache.update(*new[0][..., :tokens, :], 0)
+    rollback(cache, 2)
+    settle(cache)
+    assert cache.get_seq_length() == 5
 
 
 def test_an_unknown_cache_is_named():

@@ -170,6 +170,8 @@ def check_layers(model: PreTrainedModel, reference: PreTrainedModel, word: str) 
             continue
         x = torch.randn(4, linear.in_features, generator=torch.Generator().manual_seed(count))
         assert type(modules[name]) is not nn.Linear, name
+        if "4" in word and word.startswith("bnb"):
+            assert modules[name].weight.quant_state.quant_type == word.removeprefix("bnb-")
         with torch.inference_mode():
             assert 1e-4 < relative(modules[name](x), linear(x)) < LAYER_BOUND[word], name
         count += 1

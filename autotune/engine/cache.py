@@ -27,6 +27,7 @@ from .load import Unsupported
 
 GROUP = 64  # tokens that share a scale, per key channel
 WINDOW = 32  # newest tokens that always stay in full precision; the deepest rollback
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values only
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ def make_cache(word: str, config: Any, capacity: int, device: str, spare: int = 
     """
     text = config.get_text_config(decoder=True)
     layers = int(text.num_hidden_layers)
+    stateful = set(getattr(text, "layer_types", None) or ()) - _ATTENTION
+    if stateful:
+        raise Unsupported(f"{text.model_type} has {min(stateful)} layers: their state cannot be rolled back")
     match word:
         case "dynamic":
             # Without the config every layer keeps all tokens; models with a window mask what they must not see.
@@ -121,7 +125,8 @@ def rollback(cache: Cache, tokens: int) -> None:
     """Forget the newest `tokens` tokens."""
     if tokens > 0:
         for layer in cache.layers:
-            layer.crop(-tokens)
+            if layer.is_initialized:  # layers that share another's keys and values hold nothing
+                layer.crop(-tokens)
 
 
 def stored_bytes(cache: Cache) -> int:
