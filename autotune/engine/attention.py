@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer
+from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers
 from .load import Unsupported
 
 WORD = "split_kv"
@@ -46,13 +46,13 @@ def bind(model: PreTrainedModel, cache: Cache | None) -> None:
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int):
-            module.kv_layer = None if cache is None else cache.layers[index]  # type: ignore[assignment]
+            module.kv_layer = None if cache is None else layers(cache)[index]
 
 
 def _mask(*args: Any, q_offset: int | torch.Tensor = 0, **kwargs: Any) -> torch.Tensor | None:
     if isinstance(q_offset, torch.Tensor):  # a recorded step: the kernel knows what is causal
         return None
-    return sdpa_mask(*args, q_offset=q_offset, **kwargs)  # type: ignore[no-any-return]
+    return sdpa_mask(*args, q_offset=q_offset, **kwargs)
 
 
 def _attention(
@@ -70,7 +70,7 @@ def _attention(
         raise Unsupported(f"attention = {WORD} has no attention sinks, which this model needs")
     layer: Any = getattr(module, "kv_layer", None)
     if layer is None or layer.lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return decode_attention(query, layer, scaling, sliding_window), None
 
 
@@ -97,7 +97,8 @@ def decode_attention(
         kind = layer.bits
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = layer.lengths
-    return _split_kv(query, layer.keys, layer.values, *stored, lengths.tokens, lengths.stored, scale, window or 0, kind)
+    lengths_and_words = (lengths.tokens, lengths.stored, scale, window or 0, kind)
+    return _split_kv(query, layer.keys, layer.values, *stored, *lengths_and_words)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("autotune::split_kv", mutates_args=())

@@ -27,7 +27,7 @@ UNPACKED = 2**24  # weights that are unpacked at a time
 
 def siblings(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """For each linear layer that can be merged with others, by name: the names of all of them, in order."""
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for parent_name, parent in model.named_modules():
         for names in SIBLINGS:
             layers = [getattr(parent, name, None) for name in names]
@@ -99,6 +99,9 @@ def fits_int4(linear: nn.Linear) -> bool:
 class Int4Linear(nn.Module):
     """A bfloat16 layer in 4 bits: a scale and a zero per INT4_GROUP weights, w = (code - 8) * scale + zero."""
 
+    packed: torch.Tensor
+    scale_zero: torch.Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -128,11 +131,11 @@ class Int4Linear(nn.Module):
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._convert_weight_to_int4pack(codes, INNER_K_TILES)
+    return torch.ops.aten._convert_weight_to_int4pack(codes, INNER_K_TILES)  # type: ignore[no-any-return]
 
 
 def _multiply(rows: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._weight_int4pack_mm(rows, packed, INT4_GROUP, scale_zero)
+    return torch.ops.aten._weight_int4pack_mm(rows, packed, INT4_GROUP, scale_zero)  # type: ignore[no-any-return]
 
 
 def _unpack(packed: torch.Tensor, scale_zero: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
