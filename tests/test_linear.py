@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_graph import PROMPT, make_model
 
 from autotune.config import Configuration, LoadGroup
 from autotune.engine import linear as linear_module
 from autotune.engine.decode import Engine
 from autotune.engine.linear import Int4Linear, Merged, Slice, _quantize_rows, siblings
 from autotune.engine.load import load_model
-
-from .test_graph import PROMPT, make_model
 
 
 @pytest.mark.parametrize(("name", "layers"), [("llama", 10), ("qwen3", 10), ("gpt-neox", 0)])

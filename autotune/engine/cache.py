@@ -97,7 +97,7 @@ def room(cache: Cache) -> int:
 
 def settle(cache: Cache) -> None:
     """All tokens so far are final: quantize the groups that have left the full-precision window."""
-    for layer in cache.layers:
+    for layer in layers(cache):
         if isinstance(layer, QuantizedLayer):
             layer.settle()
         elif getattr(layer, "record_past", False):
