@@ -27,9 +27,10 @@ import torch
 
 from autotune.config import Configuration, LoadGroup, parse_tokens
 from autotune.engine.decode import Engine
-from autotune.engine.load import Unsupported
+from autotune.engine.load import Unsupported, register_split_kv
 
 Row = dict[str, Any]
+_BEGAN = time.perf_counter()
 
 
 class _Clock:
@@ -69,6 +70,9 @@ def ours(engine: Engine, configuration: Configuration, prompt: list[int], new_to
     _reset_peaks()
     result = engine.generate(prompt, configuration, new_tokens)
     row = {"tokens_per_s": (len(result.tokens) - 1) / result.decode_s, "ttft_s": result.ttft_s}
+    _note(
+        f"{configuration.launch}, {configuration.attention}, {configuration.cache}, depth {configuration.depth}: {row}"
+    )
     if result.proposed:
         row |= {"acceptance": result.accepted / result.proposed, "per_step": result.decode_s / len(result.step_s)}
     return row
@@ -100,9 +104,7 @@ def switch(engine: Engine, configuration: Configuration) -> None:
     if engine.group.attention == configuration.attention:
         return
     if configuration.attention == "split_kv":
-        from autotune.engine.attention import register
-
-        register()
+        register_split_kv(engine.device)
     for model in (engine.target, engine.draft):
         if model is not None:
             model.set_attn_implementation(configuration.attention)
@@ -147,6 +149,10 @@ def summarize(rows: list[Row]) -> Row:
         median = figures["tokens_per_s"]
         figures["mad"] = statistics.median(abs(row["tokens_per_s"] - median) for row in rows)
     return {"name": rows[0]["name"], "rounds": len(rows), **{key: round(value, 4) for key, value in figures.items()}}
+
+
+def _note(text: str) -> None:
+    click.echo(f"[{time.perf_counter() - _BEGAN:6.1f} s] {text}", err=True)
 
 
 def _reset_peaks() -> None:
@@ -204,10 +210,12 @@ def main(
 
             pair = Path(scratch) / "pair"
             build(pair, size, draft, 0.8, device)
+            _note("built the pair")
         summaries: list[Row] = []
         for word in weights.split(","):
             group = LoadGroup(weights=word, draft=str(pair / "draft") if depths else "none", draft_weights=word)
             engine = Engine.load(str(pair / "target"), group, device)
+            _note(f"loaded {word}")
             parsed = tuple(int(depth) for depth in depths.split(",")) if depths else ()
             for context in map(parse_tokens, contexts.split(",")):
                 for row in _context(engine, word, context, parsed, new_tokens, repeats, chunk, compiled):

@@ -15,13 +15,13 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from test_graph import PROMPT, make_model
+
 from autotune.config import Configuration, LoadGroup
 from autotune.engine import attention, graph
 from autotune.engine.cache import Lengths, make_cache, settle, stored_tokens
 from autotune.engine.decode import Engine
 from autotune.engine.load import Unsupported, load_model
-
-from .test_graph import PROMPT, make_model
 
 CACHES = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8")
 

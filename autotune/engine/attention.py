@@ -24,12 +24,11 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer
+from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers
 from .load import Unsupported
 
 WORD = "split_kv"
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-WARPS, STAGES = 4, 3
 FULL, FLOAT8 = 0, 16  # the kernel's words for a layer's storage; the others are bits per stored value
 
 
@@ -47,13 +46,13 @@ def bind(model: PreTrainedModel, cache: Cache | None) -> None:
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int):
-            module.kv_layer = None if cache is None else cache.layers[index]  # type: ignore[assignment]
+            module.kv_layer = None if cache is None else layers(cache)[index]  # type: ignore[assignment]
 
 
 def _mask(*args: Any, q_offset: int | torch.Tensor = 0, **kwargs: Any) -> torch.Tensor | None:
     if isinstance(q_offset, torch.Tensor):  # a recorded step: the kernel knows what is causal
         return None
-    return sdpa_mask(*args, q_offset=q_offset, **kwargs)  # type: ignore[no-any-return]
+    return sdpa_mask(*args, q_offset=q_offset, **kwargs)
 
 
 def _attention(
@@ -71,7 +70,7 @@ def _attention(
         raise Unsupported(f"attention = {WORD} has no attention sinks, which this model needs")
     layer: Any = getattr(module, "kv_layer", None)
     if layer is None or layer.lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return decode_attention(query, layer, scaling, sliding_window), None
 
 
@@ -98,7 +97,8 @@ def decode_attention(
         kind = layer.bits
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = layer.lengths
-    return _split_kv(query, layer.keys, layer.values, *stored, lengths.tokens, lengths.stored, scale, window or 0, kind)
+    lengths_and_words = (lengths.tokens, lengths.stored, scale, window or 0, kind)
+    return _split_kv(query, layer.keys, layer.values, *stored, *lengths_and_words)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("autotune::split_kv", mutates_args=())
@@ -135,8 +135,9 @@ def _split_kv(
         key_codes, value_codes = key_codes.view(torch.uint8), value_codes.view(torch.uint8)
     shape = {"COUNT": count, "HEADS_PER_KV": group, "DIM": dim, "PADDED": padded, "ROWS": rows, "PARTS": parts}
     value_group = dim if value_scale is None else dim // value_scale.shape[-2]
+    halves = kind == 4 and value_group * 2 >= dim and dim % 2 == 0
     with torch.cuda.device_of(query):
-        _part[(kv_heads, parts)](
+        (_part_int4 if halves else _part)[(kv_heads, parts)](
             query,
             keys,
             values,
@@ -160,8 +161,6 @@ def _split_kv(
             VALUE_GROUP=value_group,
             SLIDING=window,
             BLOCK=GROUP,
-            num_warps=WARPS,
-            num_stages=STAGES,
         )
         _combine[(kv_heads, count * group)](
             partial, statistics, output, **shape, PARTS_PADDED=triton.next_power_of_2(parts)
@@ -176,21 +175,11 @@ def _(query: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 @triton.jit
-def _codes(codes, at, some, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr):
-    """A tile's codes as float32 [tokens, bytes of a token, codes of a byte]; each byte is read once."""
+def _decoded(codes, position, channel, ok, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Stored codes of a tile, as float32: several channels share a byte."""
     packed: tl.constexpr = DIM * BITS // 8
-    column = tl.arange(0, PADDED * BITS // 8)
-    ok = some[:, None] & (column < packed)[None, :]
-    byte = tl.load(codes + at[:, None] * packed + column[None, :], mask=ok, other=0)
-    if BITS == 2:
-        low = tl.join((byte & 3).to(tl.float32), ((byte >> 2) & 3).to(tl.float32))
-        high = tl.join(((byte >> 4) & 3).to(tl.float32), (byte >> 6).to(tl.float32))
-        result = tl.join(low, high).reshape(byte.shape[0], byte.shape[1], 4)
-    elif BITS == 4:
-        result = tl.join((byte & 15).to(tl.float32), (byte >> 4).to(tl.float32))
-    else:
-        result = byte.to(tl.float32)[:, :, None]
-    return result
+    byte = tl.load(codes + position[:, None] * packed + (channel % packed)[None, :], mask=ok, other=0)
+    return ((byte >> ((channel // packed) * BITS)[None, :]) & ((1 << BITS) - 1)).to(tl.float32)
 
 
 @triton.jit
@@ -203,19 +192,35 @@ def _float8(codes, scales, position, channel, ok, some, DIM: tl.constexpr):
 
 
 @triton.jit
-def _part_of(index, SHARE: tl.constexpr):
-    """Which part of a token's channels the codes of a byte belong to, in the order in which `_codes` joins them."""
-    return 2 * (index % 2) + index // 2 if SHARE == 4 else index
-
-
-@triton.jit
-def _recent(states, slot, some, DIM: tl.constexpr, PADDED: tl.constexpr, SHARE: tl.constexpr):
-    """A tile of the full-precision window, its channels in the order in which `_codes` joins them."""
-    within = tl.arange(0, PADDED // SHARE)
-    channel = _part_of(tl.arange(0, SHARE), SHARE)[:, None] * (DIM // SHARE) + within[None, :]
-    ok = some[:, None, None] & (within < DIM // SHARE)[None, None, :]
-    tile = tl.load(states + slot[:, None, None] * DIM + channel[None, :, :], mask=ok, other=0.0)
-    return tl.permute(tile, (0, 2, 1)).reshape(slot.shape[0], PADDED)
+def _range(
+    held,
+    stored_ptr,
+    part,
+    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
+    KIND: tl.constexpr,
+    SLIDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The positions that a part attends to, and the position of the first full-precision slot."""
+    first = held * 0  # the oldest position that any query sees
+    if SLIDING > 0:
+        first = tl.maximum(held - SLIDING + 1, 0)
+    window_begin = held * 0  # the position of the first full-precision slot
+    stop = held + COUNT
+    parts: tl.constexpr = PARTS if KIND == 0 else PARTS - 1
+    if KIND != 0:
+        window_begin = tl.load(stored_ptr).to(tl.int32)
+        stop = window_begin
+    begin = first // BLOCK * BLOCK
+    each = tl.cdiv(tl.cdiv(tl.maximum(stop - begin, 0), BLOCK), parts) * BLOCK
+    begin += part * each
+    stop = tl.minimum(stop, begin + each)
+    if KIND != 0:
+        newest = part == PARTS - 1
+        begin = tl.where(newest, tl.maximum(first // BLOCK * BLOCK, window_begin), begin)
+        stop = tl.where(newest, held + COUNT, stop)
+    return begin, stop, window_begin
 
 
 @triton.jit
@@ -254,36 +259,17 @@ def _part(
     part = tl.program_id(1)
     kv_heads = tl.num_programs(0)
     row = tl.arange(0, ROWS)
-    SHARE: tl.constexpr = 8 // KIND if KIND > 0 and KIND < 8 else 1  # codes in a byte
-    index = tl.arange(0, PADDED)
-    # Channels stand in the order in which bytes are unpacked, which a product over all of them does not notice.
-    within = index // SHARE
-    channel = _part_of(index % SHARE, SHARE) * (DIM // SHARE) + within
-    inside = within < DIM // SHARE
+    channel = tl.arange(0, PADDED)
     held = tl.load(tokens_ptr).to(tl.int32)
     token = row // HEADS_PER_KV
     position = held + token  # of each row's query
     used = row < COUNT * HEADS_PER_KV
     query_row = (head * HEADS_PER_KV + row % HEADS_PER_KV) * query_head_stride + token * query_token_stride
-    query = tl.load(query_ptr + query_row[:, None] + channel[None, :], mask=used[:, None] & inside[None, :], other=0.0)
+    query = tl.load(
+        query_ptr + query_row[:, None] + channel[None, :], mask=used[:, None] & (channel < DIM)[None, :], other=0.0
+    )
 
-    first = held * 0  # the oldest position that any query sees
-    if SLIDING > 0:
-        first = tl.maximum(held - SLIDING + 1, 0)
-    window_begin = held * 0  # the position of the first full-precision slot
-    stop = held + COUNT
-    parts: tl.constexpr = PARTS if KIND == 0 else PARTS - 1
-    if KIND != 0:
-        window_begin = tl.load(stored_ptr).to(tl.int32)
-        stop = window_begin
-    begin = first // BLOCK * BLOCK
-    each = tl.cdiv(tl.cdiv(tl.maximum(stop - begin, 0), BLOCK), parts) * BLOCK
-    begin += part * each
-    stop = tl.minimum(stop, begin + each)
-    if KIND != 0:
-        newest = part == PARTS - 1
-        begin = tl.where(newest, tl.maximum(first // BLOCK * BLOCK, window_begin), begin)
-        stop = tl.where(newest, held + COUNT, stop)
+    begin, stop, window_begin = _range(held, stored_ptr, part, COUNT, PARTS, KIND, SLIDING, BLOCK)
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -292,14 +278,14 @@ def _part(
     for start in range(begin, stop, BLOCK):
         at = start + tl.arange(0, BLOCK)
         some = at < stop
-        ok = some[:, None] & inside[None, :]
-        if KIND == 0:
-            recent = at[:, None] * DIM + channel[None, :]
-            key = tl.load(keys_ptr + head * slots * DIM + recent, mask=ok, other=0.0)
-            value = tl.load(values_ptr + head * slots * DIM + recent, mask=ok, other=0.0)
+        ok = some[:, None] & (channel < DIM)[None, :]
+        recent = head * slots * DIM + (at - window_begin)[:, None] * DIM + channel[None, :]
+        if KIND == 0:  # noqa: SIM114 - KIND is known when compiling, `part` is not
+            key = tl.load(keys_ptr + recent, mask=ok, other=0.0)
+            value = tl.load(values_ptr + recent, mask=ok, other=0.0)
         elif part == PARTS - 1:
-            key = _recent(keys_ptr + head * slots * DIM, at - window_begin, some, DIM, PADDED, SHARE)
-            value = _recent(values_ptr + head * slots * DIM, at - window_begin, some, DIM, PADDED, SHARE)
+            key = tl.load(keys_ptr + recent, mask=ok, other=0.0)
+            value = tl.load(values_ptr + recent, mask=ok, other=0.0)
         elif KIND == 16:
             base = head * capacity
             key = _float8(key_codes_ptr + base * DIM, key_scale_ptr + base, at, channel, ok, some, DIM)
@@ -307,33 +293,19 @@ def _part(
             key = key.to(query.dtype)
             value = value.to(query.dtype)
         else:
+            packed: tl.constexpr = DIM * KIND // 8
+            groups: tl.constexpr = DIM // VALUE_GROUP
+            inside = channel < DIM
             group = (head * (capacity // BLOCK) + start // BLOCK) * DIM + channel
+            key = _decoded(key_codes_ptr + head * capacity * packed, at, channel, ok, DIM, KIND)
             key_scale = tl.load(key_scale_ptr + group, mask=inside, other=0.0).to(tl.float32)
             key_minimum = tl.load(key_minimum_ptr + group, mask=inside, other=0.0).to(tl.float32)
-            base = head * capacity
-            key = _codes(key_codes_ptr + base * (DIM // SHARE), at, some, DIM, PADDED, KIND).reshape(BLOCK, PADDED)
             key = (key * key_scale[None, :] + key_minimum[None, :]).to(query.dtype)
-            value = _codes(value_codes_ptr + base * (DIM // SHARE), at, some, DIM, PADDED, KIND)
-            groups: tl.constexpr = DIM // VALUE_GROUP
-            scales = value_scale_ptr + base * groups
-            minima = value_minimum_ptr + base * groups
-            if SHARE % groups == 0:  # the channels that share a place in their bytes share a scale
-                place = at[:, None] * groups + (_part_of(tl.arange(0, SHARE), SHARE) * groups // SHARE)[None, :]
-                value_scale = tl.load(scales + place, mask=some[:, None], other=0.0).to(tl.float32)
-                value_minimum = tl.load(minima + place, mask=some[:, None], other=0.0).to(tl.float32)
-                value = value * value_scale[:, None, :] + value_minimum[:, None, :]
-            elif SHARE == 1 and PADDED == DIM:
-                place = at[:, None] * groups + tl.arange(0, groups)[None, :]
-                value_scale = tl.load(scales + place, mask=some[:, None], other=0.0).to(tl.float32)
-                value_minimum = tl.load(minima + place, mask=some[:, None], other=0.0).to(tl.float32)
-                value = value.reshape(BLOCK, groups, VALUE_GROUP)
-                value = value * value_scale[:, :, None] + value_minimum[:, :, None]
-            else:
-                place = at[:, None] * groups + (channel // VALUE_GROUP)[None, :]
-                value_scale = tl.load(scales + place, mask=ok, other=0.0).to(tl.float32)
-                value_minimum = tl.load(minima + place, mask=ok, other=0.0).to(tl.float32)
-                value = value.reshape(BLOCK, PADDED) * value_scale + value_minimum
-            value = value.reshape(BLOCK, PADDED).to(query.dtype)
+            value = _decoded(value_codes_ptr + head * capacity * packed, at, channel, ok, DIM, KIND)
+            group_2d = (head * capacity + at)[:, None] * groups + (channel // VALUE_GROUP)[None, :]
+            value_scale = tl.load(value_scale_ptr + group_2d, mask=ok, other=0.0).to(tl.float32)
+            value_minimum = tl.load(value_minimum_ptr + group_2d, mask=ok, other=0.0).to(tl.float32)
+            value = (value * value_scale + value_minimum).to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         seen = (at[None, :] <= position[:, None]) & some[None, :]
         if SLIDING > 0:
@@ -351,7 +323,157 @@ def _part(
     tl.store(statistics_ptr + out, maximum)
     tl.store(statistics_ptr + kv_heads * PARTS * ROWS + out, total)
     if begin < stop:
-        tl.store(partial_ptr + out[:, None] * PADDED + channel[None, :], result, mask=inside[None, :])
+        tl.store(partial_ptr + out[:, None] * PADDED + channel[None, :], result)
+
+
+@triton.jit
+def _centred(codes, like):
+    """4-bit codes less 8, in the type of `like`. In bfloat16, 128 + code is a matter of bits."""
+    if like.dtype == tl.bfloat16:
+        result = (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+        result = result.to(tl.bfloat16)
+    else:
+        result = codes.to(like.dtype) - 8.0
+    return result
+
+
+@triton.jit
+def _scaled(query, scale_ptr, minimum_ptr, inside):
+    """The query times a group's scales, and its product with what the centred codes lack."""
+    scale = tl.load(scale_ptr, mask=inside, other=0.0).to(tl.float32)
+    lack = tl.load(minimum_ptr, mask=inside, other=0.0).to(tl.float32) + 8.0 * scale
+    wide = query.to(tl.float32)
+    return (wide * scale[None, :]).to(query.dtype), tl.sum(wide * lack[None, :], 1)
+
+
+@triton.jit
+def _weighted(weights, scale_ptr, minimum_ptr, some):
+    """The weights times each token's scale, and the sum of what the centred codes lack."""
+    scale = tl.load(scale_ptr, mask=some, other=0.0).to(tl.float32)
+    lack = tl.load(minimum_ptr, mask=some, other=0.0).to(tl.float32) + 8.0 * scale
+    return weights * scale[None, :], tl.sum(weights * lack[None, :], 1)
+
+
+@triton.jit
+def _part_int4(
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    key_codes_ptr,
+    value_codes_ptr,
+    key_scale_ptr,
+    key_minimum_ptr,
+    value_scale_ptr,
+    value_minimum_ptr,
+    tokens_ptr,
+    stored_ptr,
+    partial_ptr,
+    statistics_ptr,
+    scale,
+    query_head_stride,
+    query_token_stride,
+    slots,
+    capacity,
+    COUNT: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    KIND: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    SLIDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As `_part`, for 4 bits: the two codes of a byte belong to the two halves of a token's channels.
+
+    A group's scales multiply the query, and a token's scales its weight, so that of each code only 8 is subtracted.
+    """
+    HALF: tl.constexpr = DIM // 2
+    head = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    row = tl.arange(0, ROWS)
+    half = tl.arange(0, PADDED // 2)
+    inside = half < HALF
+    held = tl.load(tokens_ptr).to(tl.int32)
+    token = row // HEADS_PER_KV
+    position = held + token
+    used = (row < COUNT * HEADS_PER_KV)[:, None] & inside[None, :]
+    query_row = (head * HEADS_PER_KV + row % HEADS_PER_KV) * query_head_stride + token * query_token_stride
+    query_low = tl.load(query_ptr + query_row[:, None] + half[None, :], mask=used, other=0.0)
+    query_high = tl.load(query_ptr + query_row[:, None] + half[None, :] + HALF, mask=used, other=0.0)
+    begin, stop, window_begin = _range(held, stored_ptr, part, COUNT, PARTS, KIND, SLIDING, BLOCK)
+    newest = part == PARTS - 1
+    keys_ptr += head * slots * DIM
+    values_ptr += head * slots * DIM
+    key_codes_ptr += head * capacity * HALF
+    value_codes_ptr += head * capacity * HALF
+    key_scale_ptr += head * (capacity // BLOCK) * DIM
+    key_minimum_ptr += head * (capacity // BLOCK) * DIM
+    groups: tl.constexpr = DIM // VALUE_GROUP
+    value_scale_ptr += head * capacity * groups
+    value_minimum_ptr += head * capacity * groups
+
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result_low = tl.zeros([ROWS, PADDED // 2], tl.float32)
+    result_high = tl.zeros([ROWS, PADDED // 2], tl.float32)
+    for start in range(begin, stop, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        some = at < stop
+        ok = some[:, None] & inside[None, :]
+        recent = (at - window_begin)[:, None] * DIM + half[None, :]
+        stored = at[:, None] * HALF + half[None, :]
+        if newest:
+            low = tl.load(keys_ptr + recent, mask=ok, other=0.0)
+            high = tl.load(keys_ptr + recent + HALF, mask=ok, other=0.0)
+            scores = tl.dot(query_low, tl.trans(low), input_precision="ieee")
+            scores += tl.dot(query_high, tl.trans(high), input_precision="ieee")
+        else:
+            group = start // BLOCK * DIM + half
+            codes = tl.load(key_codes_ptr + stored, mask=ok, other=0)
+            scaled_low, rest_low = _scaled(query_low, key_scale_ptr + group, key_minimum_ptr + group, inside)
+            scaled_high, rest_high = _scaled(
+                query_high, key_scale_ptr + group + HALF, key_minimum_ptr + group + HALF, inside
+            )
+            scores = tl.dot(scaled_low, tl.trans(_centred(codes & 15, query_low)), input_precision="ieee")
+            scores += tl.dot(scaled_high, tl.trans(_centred(codes >> 4, query_low)), input_precision="ieee")
+            scores += (rest_low + rest_high)[:, None]
+        seen = (at[None, :] <= position[:, None]) & some[None, :]
+        if SLIDING > 0:
+            seen = seen & (at[None, :] > position[:, None] - SLIDING)
+        scores = tl.where(seen, scores * scale, float("-inf"))
+        highest = tl.maximum(maximum, tl.max(scores, 1))
+        safe = tl.where(highest == float("-inf"), 0.0, highest)
+        weights = tl.exp2(scores - safe[:, None])
+        rescale = tl.exp2(maximum - safe)
+        total = total * rescale + tl.sum(weights, 1)
+        maximum = highest
+        result_low *= rescale[:, None]
+        result_high *= rescale[:, None]
+        if newest:
+            low = tl.load(values_ptr + recent, mask=ok, other=0.0)
+            high = tl.load(values_ptr + recent + HALF, mask=ok, other=0.0)
+            result_low += tl.dot(weights.to(low.dtype), low, input_precision="ieee")
+            result_high += tl.dot(weights.to(high.dtype), high, input_precision="ieee")
+        else:
+            codes = tl.load(value_codes_ptr + stored, mask=ok, other=0)
+            first = at * groups
+            scaled_low, rest_low = _weighted(weights, value_scale_ptr + first, value_minimum_ptr + first, some)
+            last = first + groups - 1
+            scaled_high, rest_high = _weighted(weights, value_scale_ptr + last, value_minimum_ptr + last, some)
+            low = _centred(codes & 15, query_low)
+            high = _centred(codes >> 4, query_low)
+            result_low += tl.dot(scaled_low.to(low.dtype), low, input_precision="ieee") + rest_low[:, None]
+            result_high += tl.dot(scaled_high.to(high.dtype), high, input_precision="ieee") + rest_high[:, None]
+
+    out = (head * PARTS + part) * ROWS + row
+    tl.store(statistics_ptr + out, maximum)
+    tl.store(statistics_ptr + tl.num_programs(0) * PARTS * ROWS + out, total)
+    if begin < stop:
+        place = partial_ptr + out[:, None] * PADDED + half[None, :]
+        tl.store(place, result_low, mask=inside[None, :])
+        tl.store(place + HALF, result_high, mask=inside[None, :])
 
 
 @triton.jit

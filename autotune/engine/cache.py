@@ -46,12 +46,12 @@ class Lengths:
 @contextmanager
 def lengths_on_device(cache: Cache, lengths: Lengths) -> Iterator[None]:
     """While it holds, the layers append where `lengths` says, and their own lengths stand still (see `advance`)."""
-    for layer in cache.layers:
+    for layer in layers(cache):
         layer.lengths = lengths
     try:
         yield
     finally:
-        for layer in cache.layers:
+        for layer in layers(cache):
             layer.lengths = None
 
 
@@ -61,7 +61,7 @@ def make_cache(word: str, config: Any, capacity: int, device: str, spare: int = 
     `spare` more slots may be written behind the newest token by recorded steps that are longer than what they add.
     """
     text = config.get_text_config(decoder=True)
-    layers = int(text.num_hidden_layers)
+    count = int(text.num_hidden_layers)
     stateful = set(getattr(text, "layer_types", None) or ()) - _ATTENTION
     if stateful:
         raise Unsupported(f"{text.model_type} has {min(stateful)} layers: their state cannot be rolled back")
@@ -79,14 +79,19 @@ def make_cache(word: str, config: Any, capacity: int, device: str, spare: int = 
                 raise Unsupported("cache = offloaded moves the cache from a GPU to host memory: there is no GPU here")
             cache = DynamicCache(offloading=True)
         case "static":
-            cache = Cache(layers=[StaticLayer(capacity, spare) for _ in range(layers)])
+            cache = Cache(layers=[StaticLayer(capacity, spare) for _ in range(count)])
         case "quantized-8" | "quantized-4" | "quantized-2":
-            cache = Cache(layers=[QuantizedLayer(capacity, int(word[-1]), spare) for _ in range(layers)])
+            cache = Cache(layers=[QuantizedLayer(capacity, int(word[-1]), spare) for _ in range(count)])
         case "quantized-fp8":
-            cache = Cache(layers=[Float8Layer(capacity, spare) for _ in range(layers)])
+            cache = Cache(layers=[Float8Layer(capacity, spare) for _ in range(count)])
         case _:
             raise Unsupported(f"unknown cache {word}")
     return cache
+
+
+def layers(cache: Cache) -> list[Any]:
+    """The layers, which transformers types by a mixin that lacks most of their methods."""
+    return cache.layers
 
 
 def room(cache: Cache) -> int:
@@ -96,7 +101,7 @@ def room(cache: Cache) -> int:
 
 def settle(cache: Cache) -> None:
     """All tokens so far are final: quantize the groups that have left the full-precision window."""
-    for layer in cache.layers:
+    for layer in layers(cache):
         if isinstance(layer, QuantizedLayer):
             layer.settle()
         elif getattr(layer, "record_past", False):
@@ -105,13 +110,13 @@ def settle(cache: Cache) -> None:
 
 def advance(cache: Cache, tokens: int) -> None:
     """A recorded step has appended `tokens` tokens."""
-    for layer in cache.layers:
+    for layer in layers(cache):
         layer.advance(tokens)
 
 
 def restart(cache: Cache) -> None:
     """Forget every token, and keep the memory."""
-    for layer in cache.layers:
+    for layer in layers(cache):
         layer.restart()
 
 
@@ -124,7 +129,7 @@ def stored_tokens(cache: Cache) -> int:
 def rollback(cache: Cache, tokens: int) -> None:
     """Forget the newest `tokens` tokens."""
     if tokens > 0:
-        for layer in cache.layers:
+        for layer in layers(cache):
             if layer.is_initialized:  # layers that share another's keys and values hold nothing
                 layer.crop(-tokens)
 

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import Configuration, LoadGroup
-from .cache import WINDOW, Lengths, advance, lengths_on_device, restart, room, stored_tokens
+from .cache import WINDOW, Lengths, advance, layers, lengths_on_device, restart, room, stored_tokens
 from .load import Unsupported
 from .runner import Runner
 
@@ -127,7 +127,7 @@ class StepRunner(Runner):
 
     def feed(self, tokens: torch.Tensor, keep: int = 0) -> torch.Tensor:
         """As Runner's; the logits lie in a buffer that the next step of the same size overwrites."""
-        count, held = len(tokens), self.cache.layers[0].tokens()
+        count, held = len(tokens), layers(self.cache)[0].tokens()
         if held + count > self.capacity:
             raise ValueError(f"{held + count} tokens do not fit a cache of {self.capacity}")
         size = min((size for size in self.sizes if size >= count), default=count)
@@ -148,7 +148,7 @@ class StepRunner(Runner):
         if self.host_embeddings is None:
             inputs = torch.zeros((1, size), dtype=torch.int64, device=self.device)
         else:
-            width = self.model.get_input_embeddings().weight.shape[1]
+            width = self.model.config.get_text_config(decoder=True).hidden_size
             inputs = torch.zeros((1, size, width), dtype=self.model.dtype, device=self.device)
         name = "input_ids" if self.host_embeddings is None else "inputs_embeds"
         forward = torch.compile(self.model.forward, dynamic=False) if self.launch == "compile" else self.model.forward
