@@ -13,8 +13,8 @@ from autotune.demo import DRAFT, held_out_text
 from autotune.trial import Inputs, OurBug, Trials, WorkerFailed, WorkerProcess
 
 FAULTY = Path(__file__).with_name("faulty_worker.py")
-CONTEXTS = (64, 2048)
-ROOM = 100 * MIB  # what the budget leaves beside the libraries
+CONTEXTS = (64, 3072)
+ROOM = 150 * MIB  # what the budget leaves beside the libraries
 
 Plant = Callable[..., None]
 
@@ -27,9 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Iterator[WorkerProcess]:
     """The real worker without a cap."""
-    worker = WorkerProcess("cpu", None, folder / "worker.log", lambda text: None)
-    yield worker
-    worker.kill()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # others may run beside
+        worker = WorkerProcess("cpu", None, folder / "worker.log", lambda text: None)
+        yield worker
+        worker.kill()
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +67,8 @@ def pid(trials: Trials) -> int:
 
 
 def is_feasible(record: Record, trials: Trials) -> bool:
-    assert record.peak_bytes is not None
-    return record.outcome == "ok" and record.peak_bytes <= trials.budget.bytes
+    assert record.outcome == "ok", record.reason
+    return record.peak_bytes is not None and record.peak_bytes <= trials.budget.bytes
 
 
 STOCK = Configuration(weights="bf16")
@@ -87,14 +89,13 @@ def test_a_record_holds_every_figure_of_a_real_measurement(trials: Trials) -> No
 
 def test_a_prompt_that_needs_more_than_the_budget_is_out_of_memory_and_the_same_worker_goes_on(trials: Trials) -> None:
     eager = STOCK.replace(attention="eager")
-    whole = trials.measure(eager, 2048)
+    whole = trials.measure(eager, 3072)
     assert whole.outcome == "out_of_memory"
     assert "allocate" in whole.reason
     assert whole.peak_bytes is None
     assert whole.tokens_per_s is None
     worker = pid(trials)
-    chunked = trials.measure(eager.replace(prefill_chunk=128), 2048)
-    assert is_feasible(chunked, trials), chunked.reason
+    assert is_feasible(trials.measure(eager, 64), trials)
     assert pid(trials) == worker
 
 
@@ -173,7 +174,9 @@ def test_a_text_that_is_too_short_names_the_flag_and_leaves_the_worker_usable(
 ) -> None:
     (folder / "short.txt").write_text("def main():\n    pass\n")
     request = {"model": str(DRAFT), "prompts": None, "windows": 1, "path": str(folder / "short.npz")}
-    with pytest.raises(WorkerFailed, match=r"^--text holds \d+ tokens and 192 are needed: give a longer file") as failure:
+    with pytest.raises(
+        WorkerFailed, match=r"^--text holds \d+ tokens and 192 are needed: give a longer file"
+    ) as failure:
         plain.request("inputs", 60, text=str(folder / "short.txt"), contexts=[64], **request)
     assert not failure.value.poisoned
     (folder / "prompts.jsonl").write_text('{"prompt": "def main():"}\n')
