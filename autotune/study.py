@@ -29,7 +29,7 @@ from .space import Space
 Measure = Callable[[Configuration, int, str], Record]
 Fits = Callable[[Configuration, int], str]  # why the plan says that it cannot fit, or nothing
 
-_DUPLICATES = 25  # suggestions in a row that were all known, after which one is drawn from what is left
+_DUPLICATES = 10  # suggestions in a row that were all known, after which one is drawn from what is left
 _TRIES = 3  # winners elsewhere that are tried at a context before the load group is left without a record there
 
 
@@ -171,7 +171,11 @@ class Search:
 
     def _propose(self, context: int, like: Configuration | None = None) -> Configuration | None:
         """A configuration that is not known at this context (of the load group of `like`), or None if there is none."""
-        fixed = None if like is None else self.space.load_parameters(like)
+        fixed = None
+        if like is not None:
+            fixed = self.space.load_parameters(like)
+            if self._draw(context, like) is None:  # asking costs more than looking: a trial is many writes
+                return None
         for _ in range(_DUPLICATES):
             trial = self.studies.ask(context, fixed)
             configuration = self.space.suggest(trial)
@@ -194,19 +198,10 @@ class Search:
 
     def _draw(self, context: int, like: Configuration | None) -> Configuration | None:
         """One of the configurations that are left, at random."""
-        left = [
-            configuration
-            for configuration in self.space.configurations()
-            if (configuration, context) not in self.known
-            and (like is None or configuration.load_group == like.load_group)
-        ]
+        space = self.space if like is None else self.space.with_load_group(like)
+        left = [configuration for configuration in space.configurations() if (configuration, context) not in self.known]
         self._random.shuffle(left)
-        chosen = next((configuration for configuration in left if not self._hopeless(configuration, context)), None)
-        if chosen is None:
-            return None
-        self._asked = (context, chosen, self.studies.ask(context, self.space.parameters(chosen)))
-        self.space.suggest(self._asked[2])
-        return chosen
+        return next((configuration for configuration in left if not self._hopeless(configuration, context)), None)
 
     def _hopeless(self, configuration: Configuration, context: int) -> str:
         """Why measuring it cannot change the answer: the plan, or what is known of the same text."""

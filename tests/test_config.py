@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -106,13 +107,16 @@ def test_what_is_no_size_is_refused_with_its_text(text: str) -> None:
     assert f"'{text}'" in str(caught.value)
 
 
-@given(st.text(max_size=12))
-def test_any_text_is_a_positive_size_or_refused(text: str) -> None:
-    for parse in (parse_bytes, parse_tokens):
-        try:
-            assert parse(text) > 0
-        except ValueError as error:
-            assert text in str(error)
+@pytest.mark.parametrize("parse", [parse_bytes, parse_tokens])
+@given(text=st.text(max_size=12) | st.from_regex(r"[0-9.]{1,4} ?[kmgKMG]?i?[bB]?", fullmatch=True))
+def test_any_text_is_a_positive_size_or_refused_with_what_it_was(parse: Callable[[str], int], text: str) -> None:
+    size: int | None = None
+    said = ""
+    try:
+        size = parse(text)
+    except ValueError as error:
+        said = str(error)
+    assert size > 0 if size is not None else f"'{text}' is not a" in said
 
 
 @given(st.integers(1, 10**6), st.sampled_from([("", 1), ("k", 1024), ("K", 1024), (" k", 1024)]))

@@ -1,0 +1,444 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from conftest import synthetic_record
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workload
+from autotune.policy import (
+    SCHEMA_FILE,
+    Policy,
+    PolicyError,
+    _t95,
+    best_group,
+    best_in_group,
+    load_of,
+    make_policy,
+    read_policy,
+    schema,
+    settings_of,
+    speedup,
+    to_configuration,
+    write_policy,
+)
+
+BUDGET = Budget(1000 * MIB)
+DRAFT = "/models/draft"
+STOCK = Configuration(weights="bnb-nf4")
+FAST = Configuration(weights="quanto-int4", cache="static", draft=DRAFT, draft_weights="bf16", depth=4)
+MODEL = {"path": "/models/target", "weights_sha256": "0a", "tokenizer_sha256": "1b"}
+
+configurations = st.builds(
+    Configuration,
+    weights=st.sampled_from(["bf16", "bnb-nf4", "quanto-int4"]),
+    lm_head=st.sampled_from(["bf16", "nf4"]),
+    draft=st.sampled_from(["none", "prompt-lookup", DRAFT]),
+    draft_weights=st.sampled_from(["bf16", "bnb-nf4"]),
+    depth=st.integers(0, 16),
+    cache=st.sampled_from(["dynamic", "static", "quantized-4"]),
+    attention=st.sampled_from(["sdpa", "eager"]),
+    prefill_chunk=st.sampled_from([0, 512]),
+    launch=st.sampled_from(["eager", "graph", "compile"]),
+)
+
+
+def around(rate: float, spread: float = 0.01, rounds: int = 3) -> tuple[float, ...]:
+    """Rates of rounds with this median."""
+    return tuple(rate * (1 + spread * (i - (rounds - 1) / 2)) for i in range(rounds))
+
+
+def both_finals(configuration: Configuration, context: int, rate: float, **figures: Any) -> list[Record]:
+    return [synthetic_record(configuration, context, around(rate), stage="final", **figures) for _ in range(2)]
+
+
+def policy_of(
+    records: list[Record], chosen: dict[int, Configuration], baselines: dict[int, Configuration], **workload: Any
+) -> Policy | None:
+    return make_policy(
+        records,
+        chosen,
+        baselines,
+        workload=Workload(contexts=tuple(chosen), **workload),
+        budget=BUDGET,
+        model=MODEL,
+        environment={"device": "a CPU", "versions": {"torch": "2"}},
+        workload_info={"contexts": list(chosen), "new_tokens": 100},
+    )
+
+
+def a_policy(contexts: tuple[int, ...] = (512, 2048)) -> Policy:
+    records = [r for c in contexts for r in both_finals(FAST, c, 150) + both_finals(STOCK, c, 100)]
+    policy = policy_of(records, dict.fromkeys(contexts, FAST), dict.fromkeys(contexts, STOCK))
+    assert policy is not None
+    return policy
+
+
+def chosen_at(policy: Policy | None, context: int) -> Configuration:
+    assert policy is not None
+    return policy.configuration(policy.rule_for(context))
+
+
+@given(st.sets(st.integers(1, 10**5), min_size=1, max_size=5), st.integers(1, 10**5))
+def test_the_rule_of_a_prompt_is_the_shortest_that_holds_it(limits: set[int], length: int) -> None:
+    policy = a_policy(tuple(sorted(limits)))
+    if length > max(limits):
+        with pytest.raises(PolicyError, match=rf"{length} tokens.* up to {max(limits)}"):
+            policy.rule_for(length)
+    else:
+        assert policy.rule_for(length).max_context_tokens == min(limit for limit in limits if limit >= length)
+
+
+def test_a_policy_survives_its_file_with_the_fields_of_a_later_version(tmp_path: Path) -> None:
+    data = a_policy().model_dump(mode="json")
+    data["watts"] = 250
+    data["rules"][0]["settings"]["new_knob"] = {"a": [1]}
+    data["load"]["rope"] = "yarn"
+    (tmp_path / "policy.json").write_text(json.dumps(data))
+    write_policy(read_policy(tmp_path / "policy.json"), tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == data
+
+
+def test_the_published_schema_is_that_of_the_code() -> None:
+    assert SCHEMA_FILE.read_text() == json.dumps(schema(), indent=2) + "\n"
+
+
+def test_a_policy_is_valid_by_the_published_schema() -> None:
+    published = json.loads(SCHEMA_FILE.read_text())
+    jsonschema.Draft202012Validator.check_schema(published)
+    jsonschema.validate(a_policy().model_dump(mode="json"), published)
+
+
+WRONG: dict[str, tuple[list[Any], Any, str]] = {
+    "no rules": (["rules"], [], "rules"),
+    "a depth of text": (["rules", 0, "settings", "depth"], "four", "rules.0.settings.depth"),
+    "a huge depth": (["rules", 0, "settings", "depth"], 17, "rules.0.settings.depth"),
+    "an unknown launch": (["rules", 1, "settings", "launch"], "rocket", "rules.1.settings.launch"),
+    "an unknown draft": (["rules", 1, "settings", "draft"], DRAFT, "rules.1.settings.draft"),
+    "a negative budget": (["budget_bytes"], -1, "budget_bytes"),
+    "no rate": (["rules", 0, "expected", "tokens_per_s"], 0, "rules.0.expected.tokens_per_s"),
+    "no number": (["rules", 0, "expected", "tokens_per_s"], math.nan, "rules.0.expected.tokens_per_s"),
+    "a list for a load": (["load"], [], "load"),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "key"), WRONG.values(), ids=WRONG)
+def test_an_error_in_a_policy_names_the_file_and_the_key(
+    tmp_path: Path, place: list[Any], value: Any, key: str
+) -> None:
+    data = a_policy().model_dump(mode="json")
+    at = data
+    for step in place[:-1]:
+        at = at[step]
+    at[place[-1]] = value
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(PolicyError) as caught:
+        read_policy(path)
+    assert str(caught.value).startswith(f"{path}: {key}: ")
+    if not (isinstance(value, float) and math.isnan(value)):  # JSON has no NaN, so a schema has nothing to say of it
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(data, json.loads(SCHEMA_FILE.read_text()))
+
+
+@pytest.mark.parametrize("key", ["model", "budget_bytes", "environment", "workload", "load", "rules", "baseline"])
+def test_a_key_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
+    data = a_policy().model_dump(mode="json")
+    del data[key]
+    (tmp_path / "policy.json").write_text(json.dumps(data))
+    with pytest.raises(PolicyError, match=rf"policy\.json: {key}: "):
+        read_policy(tmp_path / "policy.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "not valid JSON"), ("[]", "policy: "), ("null", "policy: "), ('{"schema_version": 2}', "2; ")],
+)
+def test_what_is_no_policy_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "policy.json").write_text(text)
+    with pytest.raises(PolicyError, match=rf"policy\.json.*{said}"):
+        read_policy(tmp_path / "policy.json")
+
+
+def test_a_policy_that_is_missing_or_binary_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+    for name in ("binary.json", "missing.json"):
+        with pytest.raises(PolicyError, match=rf"{name} cannot be read"):
+            read_policy(tmp_path / name)
+
+
+def test_rules_that_do_not_ascend_are_refused(tmp_path: Path) -> None:
+    data = a_policy().model_dump(mode="json")
+    data["rules"].reverse()
+    (tmp_path / "policy.json").write_text(json.dumps(data))
+    with pytest.raises(PolicyError, match="ascending max_context_tokens"):
+        read_policy(tmp_path / "policy.json")
+
+
+def test_a_rule_with_a_draft_model_that_is_not_loaded_is_refused(tmp_path: Path) -> None:
+    data = a_policy().model_dump(mode="json")
+    data["load"] |= {"draft": "none", "draft_weights": "none"}
+    (tmp_path / "policy.json").write_text(json.dumps(data))
+    with pytest.raises(PolicyError, match=r"load\.draft is none"):
+        read_policy(tmp_path / "policy.json")
+
+
+@given(configurations)
+def test_a_configuration_survives_the_policys_load_and_settings(configuration: Configuration) -> None:
+    assert to_configuration(load_of(configuration), settings_of(configuration)) == configuration
+
+
+def test_an_idle_draft_is_written_as_none_and_stays_loaded() -> None:
+    idle = FAST.replace(depth=0)
+    assert settings_of(idle).draft == "none"
+    assert load_of(idle).draft == DRAFT
+    assert to_configuration(load_of(idle), settings_of(idle)).load_group == FAST.load_group
+
+
+def test_a_depth_without_a_draft_leaves_the_loaded_draft_idle() -> None:
+    settings = settings_of(FAST).model_copy(update={"draft": "none"})
+    assert to_configuration(load_of(FAST), settings) == FAST.replace(depth=0)
+
+
+def test_one_load_group_serves_all_rules() -> None:
+    contexts = (512, 2048)
+    at = {512: FAST, 2048: FAST.replace(depth=0, prefill_chunk=512)}
+    records = [r for c in contexts for r in both_finals(at[c], c, 150) + both_finals(STOCK, c, 100)]
+    policy = policy_of(records, at, dict.fromkeys(contexts, STOCK))
+    assert policy is not None
+    assert [policy.configuration(rule) for rule in policy.rules] == [at[512], at[2048]]
+    assert {policy.configuration(rule).load_group for rule in policy.rules} == {FAST.load_group}
+
+
+def test_a_significant_winner_is_chosen_and_its_speedup_said() -> None:
+    policy = a_policy((512,))
+    (rule,) = policy.rules
+    assert chosen_at(policy, 512) == FAST
+    assert rule.speedup == pytest.approx(1.5)
+    assert rule.speedup_interval is not None
+    assert 1.4 < rule.speedup_interval[0] < 1.5 < rule.speedup_interval[1] < 1.6
+    assert not rule.tie
+    assert rule.note.startswith("1.50 times the baseline")
+    assert rule.evidence["stage"] == "final"
+    assert rule.expected.tokens_per_s == pytest.approx(150)
+    (stock,) = policy.baseline
+    assert to_configuration(stock.load, stock.settings) == STOCK
+    assert stock.expected.tokens_per_s == pytest.approx(100)
+
+
+def test_a_difference_within_error_keeps_the_baseline_and_says_tie() -> None:
+    records = [
+        synthetic_record(configuration, 512, rates, stage="final")
+        for configuration, rates in [(FAST, (80.0, 103.0, 130.0)), (STOCK, (78.0, 100.0, 128.0))]
+        for _ in range(2)
+    ]
+    policy = policy_of(records, {512: FAST}, {512: STOCK})
+    assert policy is not None
+    assert chosen_at(policy, 512) == STOCK
+    assert policy.rules[0].tie
+    assert "the baseline" in policy.rules[0].note
+
+
+def test_a_winner_at_one_context_is_kept_where_it_ties_or_loses_and_the_rules_say_so() -> None:
+    rates = {512: 150.0, 2048: 100.0, 4096: 80.0}
+    records = [r for c, rate in rates.items() for r in both_finals(FAST, c, rate) + both_finals(STOCK, c, 100)]
+    policy = policy_of(records, dict.fromkeys(rates, FAST), dict.fromkeys(rates, STOCK))
+    assert policy is not None
+    assert [chosen_at(policy, context) for context in rates] == [FAST] * 3
+    assert [rule.tie for rule in policy.rules] == [False, True, False]
+    assert "a tie" in policy.rules[1].note
+    assert "slower than the baseline" in policy.rules[2].note
+
+
+def test_where_nothing_stock_fits_the_choice_stands_without_a_comparison() -> None:
+    policy = policy_of(both_finals(FAST, 512, 10), {512: FAST}, {})
+    assert policy is not None
+    assert chosen_at(policy, 512) == FAST
+    assert policy.rules[0].speedup is None
+    assert policy.baseline == []
+    assert "nothing stock fits" in policy.rules[0].note
+
+
+def test_nothing_feasible_makes_no_policy() -> None:
+    records = [synthetic_record(FAST, 512, outcome="over_budget"), Record(STOCK, 512, "out_of_memory")]
+    assert best_group(records, Workload()) is None
+    assert policy_of(records, {}, {}) is None
+
+
+@given(
+    st.lists(
+        st.tuples(configurations, st.sampled_from(["ok", "over_budget", "quality_loss", "wrong_output", "unstable"]))
+    ),
+    st.data(),
+)
+def test_only_what_was_ok_is_ever_chosen_whatever_its_speed(
+    measured: list[tuple[Configuration, Outcome]], data: st.DataObject
+) -> None:
+    records = [
+        synthetic_record(c, 512, around(data.draw(st.sampled_from([1.0, 50.0, 9000.0]))), outcome=outcome)
+        for c, outcome in measured
+    ]
+    group = best_group(records, Workload())
+    ok = {record.configuration for record in records if record.outcome == "ok"}
+    assert (group is not None) == bool(ok)
+    if group is not None:
+        best = best_in_group(records, group, 512, "end-to-end")
+        assert best is None or (best.outcome == "ok" and best.configuration in ok)
+
+
+@pytest.mark.parametrize("outcome", ["over_budget", "wrong_output", "quality_loss", "unstable"])
+def test_a_group_has_no_best_among_failures_and_never_a_faster_one(outcome: Outcome) -> None:
+    failed = synthetic_record(FAST, 512, around(9000), outcome=outcome)
+    slower = synthetic_record(FAST.replace(depth=2), 512, around(10))
+    assert best_in_group([failed], FAST.load_group, 512, "end-to-end") is None
+    assert best_in_group([failed, slower], FAST.load_group, 512, "end-to-end") == slower
+
+
+@pytest.mark.parametrize("outcome", ["over_budget", "wrong_output", "quality_loss", "out_of_memory", "crashed"])
+def test_what_failed_when_it_was_measured_again_is_never_recommended(outcome: Outcome) -> None:
+    slower = FAST.replace(depth=2)
+    records = [synthetic_record(FAST, 512, around(900)), synthetic_record(slower, 512, around(200))]
+    again = [synthetic_record(FAST, 512, around(900), outcome=outcome, stage="final", peak=BUDGET.bytes + MIB)]
+    records += [*both_finals(FAST, 512, 900), *both_finals(STOCK, 512, 100), *again]
+    assert chosen_at(policy_of(records, {512: FAST}, {512: STOCK}), 512) == slower
+    without = [record for record in records if record.configuration != slower]
+    assert policy_of(without, {512: FAST}, {512: STOCK}) is None
+
+
+def test_noise_or_haste_in_one_final_is_no_failure() -> None:
+    records = [*both_finals(FAST, 512, 150), *both_finals(STOCK, 512, 100)]
+    records += [Record(FAST, 512, "timeout", stage="final"), Record(FAST, 512, "unstable", stage="final")]
+    assert chosen_at(policy_of(records, {512: FAST}, {512: STOCK}), 512) == FAST
+
+
+def test_a_baseline_that_loses_too_much_quality_is_compared_with_but_not_recommended() -> None:
+    lossy = both_finals(STOCK, 512, 100, outcome="quality_loss", ratio=1.2)
+    policy = policy_of([*both_finals(FAST, 512, 100), *lossy], {512: FAST}, {512: STOCK})
+    assert policy is not None
+    assert chosen_at(policy, 512) == FAST
+    assert policy.rules[0].tie
+    assert len(policy.baseline) == 1
+
+
+def test_the_footprint_that_is_promised_is_the_highest_that_was_seen() -> None:
+    records = [synthetic_record(FAST, 512, stage="final", peak=peak * MIB) for peak in (600, 640, 620)]
+    policy = policy_of(records, {512: FAST}, {})
+    assert policy is not None
+    assert policy.rules[0].expected.peak_bytes == 640 * MIB
+
+
+def test_the_best_load_group_covers_all_contexts_before_it_is_fast() -> None:
+    quick = [synthetic_record(FAST, 512, around(900))]
+    everywhere = [synthetic_record(STOCK, context, around(2)) for context in (512, 2048)]  # ln 2 twice, not ln 900
+    assert best_group(quick + everywhere, Workload()) == STOCK.load_group
+    assert best_group([*quick, everywhere[0]], Workload()) == FAST.load_group
+
+
+def test_a_context_counts_by_how_many_times_faster_it_gets() -> None:
+    one = [synthetic_record(STOCK, c, around(rate)) for c, rate in ((512, 100), (2048, 10))]
+    other = [synthetic_record(FAST, c, around(rate)) for c, rate in ((512, 60), (2048, 20))]
+    assert best_group(one + other, Workload()) == FAST.load_group  # 1.67 times slower, 2 times faster
+
+
+@given(st.permutations([(FAST, 100.0), (FAST.replace(launch="graph"), 101.0), (FAST.replace(depth=0), 99.5)]))
+def test_the_simplest_of_those_within_error_is_taken(measured: list[tuple[Configuration, float]]) -> None:
+    records = [synthetic_record(c, 512, around(rate, spread=0.05)) for c, rate in measured]
+    best = best_in_group(records, FAST.load_group, 512, "end-to-end")
+    assert best is not None
+    assert best.configuration == FAST.replace(depth=0)
+
+
+def test_what_is_slower_beyond_error_is_no_tie_however_simple() -> None:
+    simple = FAST.replace(depth=0)
+    records = [synthetic_record(FAST, 512, around(100, 0.001)), synthetic_record(simple, 512, around(98, 0.001))]
+    best = best_in_group(records, FAST.load_group, 512, "end-to-end")
+    assert best is not None
+    assert best.configuration == FAST
+
+
+def test_the_best_of_a_group_is_looked_for_at_its_context_and_in_its_group_only() -> None:
+    records = [synthetic_record(FAST, 512, around(10)), synthetic_record(FAST, 2048, around(90))]
+    records += [synthetic_record(STOCK, 512, around(99))]
+    best = best_in_group(records, FAST.load_group, 512, "end-to-end")
+    assert best == records[0]
+    assert best_in_group(records, FAST.load_group, 64, "end-to-end") is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "gain"), [("end-to-end", (100 / 1.0) / (100 / 2.0)), ("decode", 1.8 / 0.9), ("ttft", 0.2 / 0.1)]
+)
+def test_each_objective_is_compared_by_its_own_rounds(objective: Any, gain: float) -> None:
+    ours = [synthetic_record(FAST, 512, (100.0,) * 3, ttft_s=0.1)]  # a second: 0.1 to the first token, 0.9 for 99 more
+    theirs = [synthetic_record(STOCK, 512, (50.0,) * 3, ttft_s=0.2)]
+    assert speedup(ours, theirs, objective) == pytest.approx((gain, gain, gain))
+
+
+def test_a_single_round_shows_nothing() -> None:
+    ratio, low, high = speedup([synthetic_record(FAST, 512, (300.0,))], [synthetic_record(STOCK, 512)], "end-to-end")
+    assert ratio == pytest.approx(3)
+    assert (low, high) == (0, math.inf)
+
+
+@given(st.lists(st.floats(10, 1000), min_size=2, max_size=6), st.lists(st.floats(10, 1000), min_size=2, max_size=6))
+def test_a_speedup_seen_from_the_other_side_is_its_inverse(ours: list[float], theirs: list[float]) -> None:
+    assume(len(set(ours)) > 1 and len(set(theirs)) > 1)
+    a, b = (
+        synthetic_record(FAST, 512, tuple(ours), ttft_s=0.01),
+        synthetic_record(STOCK, 512, tuple(theirs), ttft_s=0.01),
+    )
+    ratio, low, high = speedup([a], [b], "end-to-end")
+    assert low <= ratio <= high
+    back = speedup([b], [a], "end-to-end")
+    assert [math.log(x) for x in back] == pytest.approx([-math.log(x) for x in (ratio, high, low)], abs=1e-9)
+
+
+@pytest.mark.parametrize(("rounds", "spreads"), [(3, (0.03, 0.03)), (6, (0.02, 0.02)), (6, (0.01, 0.05))])
+def test_the_speedups_interval_holds_the_truth_at_least_as_often_as_it_says(
+    rounds: int, spreads: tuple[float, float]
+) -> None:
+    dice, times, truth = random.Random(0), 400, 1.25
+    held = 0
+    for _ in range(times):
+        ours, theirs = (
+            synthetic_record(c, 512, tuple(middle * math.exp(dice.gauss(0, spread)) for _ in range(rounds)))
+            for c, middle, spread in ((FAST, 125.0, spreads[0]), (STOCK, 100.0, spreads[1]))
+        )
+        _, low, high = speedup([ours], [theirs], "end-to-end")
+        held += low <= truth <= high
+    assert 0.95 <= held / times < 1
+
+
+def test_a_clear_gain_is_found_significant_nearly_always() -> None:
+    dice, times = random.Random(0), 200
+    found = 0
+    for _ in range(times):
+        ours, theirs = (
+            synthetic_record(c, 512, tuple(middle * math.exp(dice.gauss(0, 0.02)) for _ in range(6)))
+            for c, middle in ((FAST, 110.0), (STOCK, 100.0))
+        )
+        found += speedup([ours], [theirs], "end-to-end")[1] > 1
+    assert found / times > 0.95
+
+
+KNOWN_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 30: 2.042, 1000: 1.962}
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), KNOWN_T.items())
+def test_students_t_is_that_of_the_tables(freedom: int, quantile: float) -> None:
+    assert _t95(freedom) == pytest.approx(quantile, rel=0.008)
+
+
+def test_between_whole_degrees_of_freedom_the_quantile_is_never_below_the_next_ones() -> None:
+    for (low, above), (high, below) in itertools.pairwise(KNOWN_T.items()):
+        for part in (0.1, 0.5, 0.9):
+            assert 0.99 * below <= _t95(low + part * (high - low)) <= above * 1.0001
+    assert _t95(1.6) >= 5.9  # the true quantile there
+    assert _t95(2.5) >= 3.55

@@ -1,0 +1,465 @@
+"""The search, driven by a measurement that is a formula: no model, no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy
+from conftest import synthetic_record
+from optuna.trial import TrialState
+
+from autotune import run
+from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workload
+from autotune.policy import best_group, best_in_group
+from autotune.results import RECORD, RunError, open_storage, read_records
+from autotune.space import Space, read_space
+from autotune.study import Search, Studies, complete
+
+CONTEXTS = (64, 256)
+BUDGET = Budget(1000 * MIB)
+IDENTITY = {"model": {"weights_sha256": "a"}, "workload": {"contexts": [64, 256]}, "budget": {"bytes": BUDGET.bytes}}
+BASELINES = [Configuration(), Configuration(weights="bnb-nf4")]
+DRAFT = "/models/draft"
+
+
+def space_of(**choices: tuple[Any, ...]) -> Space:
+    """The stock configuration's space with some knobs opened, in the order in which they are asked for."""
+    single = {"weights": ("bf16",), "lm_head": ("bf16",), "embeddings": ("device",), "draft": ("none",)}
+    single |= {"draft_weights": ("bf16",), "depth": (4,), "cache": ("dynamic",), "attention": ("sdpa",)}
+    return Space({**single, "prefill_chunk": (0,), "launch": ("eager",), **choices})
+
+
+SMALL = space_of(weights=("bf16", "bnb-nf4"), cache=("dynamic", "static"), prefill_chunk=(0, 512))
+MIXED = space_of(
+    weights=("bf16", "bnb-nf4", "quanto-int4"),
+    draft=("none", "prompt-lookup", DRAFT),
+    depth=(2, 4, 6),
+    cache=("dynamic", "static", "quantized-4"),
+    prefill_chunk=(0, 512),
+    launch=("eager", "graph"),
+)
+
+
+def rate(c: Configuration, context: int) -> float:
+    """Tokens/s with one optimum: quanto-int4, a draft model at depth 4, static cache, graph, long prompts in chunks."""
+    speed = {"bf16": 30.0, "bnb-nf4": 35.0, "quanto-int4": 45.0}[c.weights]
+    speed *= {"none": 1.0, "prompt-lookup": 1.1, DRAFT: 1.3}[c.draft] if c.depth else 1.0
+    speed *= 1 - 0.05 * abs(c.depth - 4) if c.draft != "none" else 1.0
+    speed *= {"dynamic": 1.0, "static": 1.2, "quantized-4": 0.8}[c.cache]
+    speed *= 1.5 if c.launch == "graph" else 1.0
+    return speed * (1.1 if (c.prefill_chunk > 0) == (context > 100) else 1.0)
+
+
+class Fake:
+    """Measures by formula, keeps what it was asked for."""
+
+    def __init__(self, outcome: Callable[[Configuration, int], Outcome] = lambda c, context: "ok", **figures: Any):
+        self.outcome, self.figures = outcome, figures
+        self.calls: list[tuple[Configuration, int]] = []
+        self.stages: list[str] = []
+        self.on_call: Callable[[], None] = lambda: None
+
+    def __call__(self, configuration: Configuration, context: int, stage: str) -> Record:
+        self.calls.append((configuration, context))
+        self.stages.append(stage)
+        self.on_call()
+        outcome = self.outcome(configuration, context)
+        if outcome in ("out_of_memory", "unsupported", "timeout", "crashed"):
+            return Record(configuration, context, outcome, "it failed", stage=stage, measure_s=1.0)
+        over = {"over_budget": {"peak": BUDGET.bytes + MIB}, "quality_loss": {"ratio": 1.2}}.get(outcome, {})
+        figures = {**over, **self.figures, "outcome": outcome, "stage": stage}
+        figures["reason"] = "" if outcome == "ok" else "it is bad"
+        return synthetic_record(configuration, context, (rate(configuration, context),) * 3, **figures)
+
+
+def url(folder: Path) -> str:
+    return f"sqlite:///{folder / 'study.db'}"
+
+
+def studies_in(folder: Path, identity: dict[str, Any] = IDENTITY, contexts: tuple[int, ...] = CONTEXTS) -> Studies:
+    return Studies(url(folder), "run", identity, contexts, seed=0)
+
+
+def search_in(
+    folder: Path, space: Space, measure: Fake, *, contexts: tuple[int, ...] = CONTEXTS, **options: Any
+) -> Search:
+    stored = read_records(url(folder), "run") if (folder / "study.db").exists() else []
+    known = {(record.configuration, record.context_tokens): record for record in stored}
+    settings = {"fits": lambda configuration, context: "", "deadline": time.monotonic() + 300} | options
+    workload = Workload(contexts=contexts)
+    return Search(space, workload, BUDGET, studies_in(folder, contexts=contexts), measure, known=known, **settings)
+
+
+def trials_of(folder: Path, context: int) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=f"run/{context}", storage=open_storage(url(folder))).get_trials()
+
+
+@pytest.fixture(autouse=True)
+def _do_not_wait_for_the_disk() -> Iterator[None]:
+    """A trial is some twenty commits; what a power failure would leave is not tested here."""
+
+    def faster(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", faster)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", faster)
+
+
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For long searches whose storage nobody opens again."""
+    monkeypatch.setattr("autotune.study.open_storage", lambda url: optuna.storages.InMemoryStorage())
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that moves only when it is told to."""
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr("autotune.study.time", SimpleNamespace(monotonic=lambda: now.s))
+    return now
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_everything_is_measured_once_and_then_the_search_ends(tmp_path: Path) -> None:
+    measure = Fake()
+    search_in(tmp_path, SMALL, measure).run()
+    everything = {(configuration, context) for configuration in SMALL.configurations() for context in CONTEXTS}
+    assert len(measure.calls) == len(everything) == 16
+    assert set(measure.calls) == everything
+
+
+def test_nothing_is_measured_again_when_a_run_is_continued(tmp_path: Path) -> None:
+    first, second, third = Fake(), Fake(), Fake()
+    search_in(tmp_path, SMALL, first, max_trials=5).run()
+    search_in(tmp_path, SMALL, second, max_trials=11).run()
+    search_in(tmp_path, SMALL, third).run()
+    calls = first.calls + second.calls + third.calls
+    assert [len(fake.calls) for fake in (first, second, third)] == [5, 6, 5]
+    assert len(set(calls)) == len(calls)
+    assert {(r.configuration, r.context_tokens) for r in read_records(url(tmp_path), "run")} == set(calls)
+
+
+def test_records_survive_the_storage_in_the_order_in_which_they_were_measured(tmp_path: Path) -> None:
+    search = search_in(tmp_path, SMALL, Fake(lambda c, context: "ok" if context == 64 else "out_of_memory"))
+    seen: list[Record] = []
+    search.on_record = seen.append
+    search.run()
+    assert sorted(map(repr, read_records(url(tmp_path), "run"))) == sorted(map(repr, seen))
+    search.studies.keep(last := synthetic_record(Configuration(), 64, stage="final"))
+    assert read_records(url(tmp_path), "run")[-1] == last
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_the_search_stops_at_its_number_of_trials(tmp_path: Path) -> None:
+    measure = Fake()
+    search = search_in(tmp_path, SMALL, measure, max_trials=7)
+    search.baseline(BASELINES)
+    search.run()
+    assert measure.stages.count("search") == 7
+    assert measure.stages.count("baseline") == 2
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_the_search_stops_at_its_deadline(tmp_path: Path, clock: SimpleNamespace) -> None:
+    measure = Fake()
+    measure.on_call = lambda: setattr(clock, "s", clock.s + 10)
+    search_in(tmp_path, SMALL, measure, deadline=35).run()
+    assert len(measure.calls) == 4
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_nothing_is_measured_after_the_deadline(tmp_path: Path, clock: SimpleNamespace) -> None:
+    measure = Fake()
+    clock.s = 100
+    search_in(tmp_path, SMALL, measure, deadline=100).run()
+    assert measure.calls == []
+
+
+def test_what_the_sampler_is_told_is_what_was_measured(tmp_path: Path) -> None:
+    search_in(tmp_path, MIXED, Fake(), max_trials=30).run()
+    for context in CONTEXTS:
+        trials = trials_of(tmp_path, context)
+        assert not [t.number for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+        measured = [t for t in trials if RECORD in t.user_attrs]
+        assert measured
+        for trial in measured:
+            record = Record.from_json(json.loads(trial.user_attrs[RECORD]))
+            assert trial.params == MIXED.parameters(record.configuration)
+            assert trial.values == pytest.approx([rate(record.configuration, context), 1.0])
+
+
+def test_the_proposal_that_chose_the_load_group_is_measured_first(tmp_path: Path) -> None:
+    measure = Fake()
+    search = search_in(tmp_path, MIXED, measure, max_trials=1)
+    proposed: list[Configuration] = []
+    suggest = MIXED.suggest
+    search.space = SimpleNamespace(  # type: ignore[assignment]
+        suggest=lambda trial: proposed.append(suggest(trial)) or proposed[-1],
+        load_parameters=MIXED.load_parameters,
+    )
+    search.run()
+    assert [configuration for configuration, _ in measure.calls] == proposed[:1]
+
+
+@pytest.mark.parametrize("outcome", ["out_of_memory", "unsupported", "timeout", "crashed"])
+def test_a_failure_without_figures_is_told_as_pruned_with_a_violated_constraint(
+    tmp_path: Path, outcome: Outcome
+) -> None:
+    search_in(tmp_path, space_of(), Fake(lambda c, context: outcome)).run()
+    (trial,) = (t for t in trials_of(tmp_path, 64) if RECORD in t.user_attrs)
+    assert trial.state == TrialState.PRUNED
+    assert trial.system_attrs["constraints:outcome"] > 0
+    assert trial.user_attrs["outcome"] == outcome
+
+
+VIOLATED: dict[Outcome, list[str]] = {
+    "ok": [],
+    "over_budget": ["footprint", "outcome"],
+    "quality_loss": ["outcome", "quality"],
+    "wrong_output": ["outcome"],
+    "unstable": ["outcome"],
+}
+
+
+@pytest.mark.parametrize(("outcome", "violated"), VIOLATED.items())
+def test_measured_constraints_are_told_by_name(tmp_path: Path, outcome: Outcome, violated: list[str]) -> None:
+    search_in(tmp_path, space_of(), Fake(lambda c, context: outcome)).run()
+    (trial,) = (t for t in trials_of(tmp_path, 64) if RECORD in t.user_attrs)
+    told = {name.removeprefix("constraints:"): value for name, value in trial.system_attrs.items()}
+    assert trial.state == TrialState.COMPLETE
+    assert sorted(name for name, value in told.items() if isinstance(value, float) and value > 0) == violated
+    assert {"footprint", "quality", "outcome"} <= told.keys()
+
+
+@pytest.mark.parametrize("ratio", [math.nan, math.inf])
+def test_a_perplexity_that_is_no_number_does_not_end_the_search(tmp_path: Path, ratio: float) -> None:
+    measure = Fake(lambda c, context: "quality_loss", ratio=ratio)
+    search_in(tmp_path, space_of(cache=("dynamic", "static"), launch=("eager", "graph")), measure).run()
+    assert len({configuration.cache for configuration, _ in measure.calls}) == 2
+    for trial in trials_of(tmp_path, 64):
+        assert trial.state == TrialState.PRUNED
+
+
+def test_a_storage_of_another_workload_is_refused_with_what_differs_and_left_as_it_was(tmp_path: Path) -> None:
+    mine = studies_in(tmp_path)
+    running = mine.ask(64)
+    with pytest.raises(RunError, match=r"another workload, budget: .*--out"):
+        studies_in(tmp_path, IDENTITY | {"workload": {"contexts": [128]}, "budget": {"bytes": 1}}, (64, 128))
+    names = {study.study_name for study in mine.storage.get_all_studies()}
+    assert names == {"run/64", "run/256", "run/records"}
+    assert trials_of(tmp_path, 64)[running.number].state == TrialState.RUNNING
+
+
+def test_runs_of_other_names_share_a_storage(tmp_path: Path) -> None:
+    search_in(tmp_path, space_of(), Fake()).run()
+    Studies(url(tmp_path), "run-2", {"model": "another"}, (64,), seed=0)
+    assert read_records(url(tmp_path), "run-2") == []
+    assert len(read_records(url(tmp_path), "run")) == 2
+
+
+def test_trials_of_a_killed_run_fail_when_it_is_opened_again(tmp_path: Path) -> None:
+    killed = studies_in(tmp_path)
+    killed.ask(64)
+    killed.by_context[64].enqueue_trial({"cache": "static"})
+    reopened = studies_in(tmp_path)
+    assert [trial.state for trial in trials_of(tmp_path, 64)] == [TrialState.FAIL, TrialState.FAIL]
+    asked = reopened.ask(64, {"weights": "bnb-nf4", "cache": "dynamic", "prefill_chunk": 512})
+    assert SMALL.suggest(asked) == Configuration(weights="bnb-nf4", prefill_chunk=512)
+
+
+def stays(measure: Fake) -> list[int]:
+    """How many measurements in a row had the same load group."""
+    return [len(list(calls)) for _, calls in groupby(measure.calls, key=lambda call: call[0].load_group)]
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_a_load_group_is_kept_at_least_as_long_as_its_load_took(tmp_path: Path) -> None:
+    measure = Fake(load_s=9.0, measure_s=1.0)
+    search_in(tmp_path, MIXED, measure, max_trials=50).run()
+    assert len(stays(measure)) > 2
+    assert all(stay >= 9 for stay in stays(measure)[:-1])
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_a_load_group_that_loads_at_once_is_left_after_one_look_at_every_context(tmp_path: Path) -> None:
+    measure = Fake(load_s=0.5, measure_s=1.0)
+    search_in(tmp_path, MIXED, measure, max_trials=20).run()
+    pairs = [measure.calls[i : i + 2] for i in range(0, 20, 2)]
+    assert all({context for _, context in pair} == set(CONTEXTS) for pair in pairs)
+    assert all(len({configuration.load_group for configuration, _ in pair}) == 1 for pair in pairs)
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_a_load_group_that_runs_out_before_its_load_is_paid_for_is_left(tmp_path: Path) -> None:
+    measure = Fake(load_s=1000.0, measure_s=1.0)
+    began = time.monotonic()
+    search_in(tmp_path, SMALL, measure, deadline=began + 60).run()
+    assert len(measure.calls) == 16
+    assert time.monotonic() - began < 50
+    assert stays(measure) == [8, 8]
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_a_load_group_that_does_not_load_is_left_at_once(tmp_path: Path) -> None:
+    class DoesNotLoad(Fake):
+        def __call__(self, configuration: Configuration, context: int, stage: str) -> Record:
+            record = super().__call__(configuration, context, stage)
+            if configuration.weights == "bf16":
+                return Record(configuration, context, "out_of_memory", "while loading: no memory", measure_s=1.0)
+            return record
+
+    measure = DoesNotLoad(load_s=5.0, measure_s=1.0)
+    search_in(tmp_path, MIXED, measure, max_trials=30).run()
+    failed = [list(calls) for _, calls in groupby(measure.calls, key=lambda call: call[0].load_group)]
+    assert any(calls[0][0].weights == "bf16" for calls in failed)
+    by_group = [len(calls) for calls in failed if calls[0][0].weights != "bf16"]
+    assert max(by_group) >= 5
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_a_context_where_nothing_fits_does_not_end_the_search_of_the_others(tmp_path: Path) -> None:
+    measure = Fake()
+    search = search_in(tmp_path, SMALL, measure, fits=lambda c, context: "too large" if context == 256 else "")
+    search.run()
+    assert len(measure.calls) == 8
+    assert {context for _, context in measure.calls} == {64}
+    assert search.skipped > 0
+
+
+def test_what_the_plan_excludes_is_never_measured_and_the_sampler_hears_of_it(tmp_path: Path) -> None:
+    measure = Fake()
+    search_in(tmp_path, SMALL, measure, fits=lambda c, context: "" if c.weights == "bnb-nf4" else "too large").run()
+    assert {configuration.weights for configuration, _ in measure.calls} == {"bnb-nf4"}
+    skipped = [trial for trial in trials_of(tmp_path, 64) if trial.user_attrs.get("skipped") == "too large"]
+    assert skipped
+    assert all(t.state == TrialState.PRUNED and t.system_attrs["constraints:plan"] > 0 for t in skipped)
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_what_loses_quality_once_is_not_tried_with_another_draft_or_launch(tmp_path: Path) -> None:
+    space = space_of(cache=("dynamic", "quantized-4"), draft=("none", "prompt-lookup"), launch=("eager", "graph"))
+    measure = Fake(lambda c, context: "quality_loss" if c.cache == "quantized-4" else "ok")
+    search_in(tmp_path, space, measure, contexts=(64,)).run()
+    assert [configuration.cache for configuration, _ in measure.calls].count("quantized-4") == 1
+    assert [configuration.cache for configuration, _ in measure.calls].count("dynamic") == 2
+
+
+@pytest.mark.usefixtures("in_memory")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_optimum_of_a_small_space_is_found_in_a_part_of_it(tmp_path: Path, seed: int) -> None:
+    measure = Fake(lambda c, context: "over_budget" if c.weights == "bf16" else "ok", load_s=4.0)
+    search = search_in(tmp_path, MIXED, measure, max_trials=100, seed=seed)
+    search.run()
+    everything = list(MIXED.configurations())
+    assert len(everything) == 210
+    group = best_group(search.known.values(), search.workload)
+    assert group is not None
+    for context in CONTEXTS:
+        best = max(rate(c, context) for c in everything)
+        found = best_in_group(search.known.values(), group, context, "end-to-end")
+        assert found is not None
+        assert rate(found.configuration, context) >= 0.95 * best
+
+
+def test_the_baseline_is_nf4_where_bf16_goes_over_the_budget(tmp_path: Path) -> None:
+    measure = Fake(lambda c, context: "over_budget" if (c.weights, context) == ("bf16", 256) else "ok")
+    search = search_in(tmp_path, SMALL, measure)
+    search.baseline(BASELINES)
+    found = [search.baseline_of(context, BASELINES) for context in CONTEXTS]
+    assert [record.configuration.weights for record in found if record is not None] == ["bf16", "bnb-nf4"]
+    assert set(measure.stages) == {"baseline"}
+    assert len(measure.calls) == 3
+
+
+def test_a_baseline_that_the_plan_excludes_is_not_measured(tmp_path: Path) -> None:
+    measure = Fake()
+    search = search_in(tmp_path, SMALL, measure, fits=lambda c, context: "too large" if c.weights == "bf16" else "")
+    search.baseline(BASELINES)
+    assert [configuration.weights for configuration, _ in measure.calls] == ["bnb-nf4", "bnb-nf4"]
+
+
+def test_there_is_no_baseline_where_none_fits_and_it_is_not_tried_again(tmp_path: Path) -> None:
+    first, second = Fake(lambda c, context: "out_of_memory"), Fake()
+    search_in(tmp_path, SMALL, first).baseline(BASELINES)
+    continued = search_in(tmp_path, SMALL, second)
+    continued.baseline(BASELINES)
+    assert len(first.calls) == 4
+    assert second.calls == []
+    assert continued.baseline_of(64, BASELINES) is None
+
+
+def test_the_sampler_hears_of_the_baseline(tmp_path: Path) -> None:
+    search_in(tmp_path, SMALL, Fake()).baseline(BASELINES)
+    (trial,) = trials_of(tmp_path, 64)
+    assert trial.params == SMALL.parameters(BASELINES[0])
+    assert trial.state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize("full_precision", ["bf16", "fp32"])
+def test_the_baselines_are_in_the_space_of_every_machine(full_precision: str) -> None:
+    space = read_space("default").restrict(
+        device="cpu", full_precision=full_precision, drafts=[], sliding=False, quantized=False, failed={}
+    )
+    stock = run._stock(full_precision, space)
+    assert [c.weights for c in stock] == [full_precision, "bnb-nf4"]
+    assert all(space.parameters(c) is not None for c in stock)
+
+
+def test_the_baseline_of_a_quantized_checkpoint_is_the_checkpoint() -> None:
+    space = read_space("default").restrict(
+        device="cpu", full_precision="fp32", drafts=[], sliding=False, quantized=True, failed={}
+    )
+    (stock,) = run._stock("fp32", space)
+    assert stock.weights == "checkpoint"
+    assert space.parameters(stock) is not None
+
+
+def winner_at_64(folder: Path, measure: Fake, winners: list[Configuration], **options: Any) -> Search:
+    """A search that knows some configurations at the short context only."""
+    search = search_in(folder, MIXED, measure, **options)
+    for configuration in winners:
+        search.known[configuration, 64] = synthetic_record(configuration, 64, (rate(configuration, 64),) * 3)
+    return search
+
+
+def test_the_winner_gets_a_record_at_every_context_and_its_draft_is_tried_idle(tmp_path: Path) -> None:
+    measure = Fake()
+    best = Configuration(weights="quanto-int4", draft=DRAFT, draft_weights="bf16", depth=4, cache="static")
+    search = winner_at_64(tmp_path, measure, [best, best.replace(cache="dynamic")])
+    complete(search, best.load_group)
+    assert set(measure.calls) == {(best, 256), (best.replace(depth=0), 64), (best.replace(depth=0), 256)}
+    kept = {(r.configuration, r.context_tokens) for r in read_records(url(tmp_path), "run")}
+    assert kept == set(measure.calls)
+
+
+def test_a_winner_without_a_draft_model_is_only_completed(tmp_path: Path) -> None:
+    measure = Fake()
+    best = Configuration(weights="quanto-int4", cache="static")
+    complete(winner_at_64(tmp_path, measure, [best]), best.load_group)
+    assert measure.calls == [(best, 256)]
+
+
+def test_where_the_winner_fails_at_another_context_the_next_best_of_its_group_is_tried(tmp_path: Path) -> None:
+    measure = Fake(lambda c, context: "over_budget" if c.cache == "static" else "ok")
+    best = Configuration(weights="quanto-int4", cache="static")
+    search = winner_at_64(tmp_path, measure, [best.replace(cache="dynamic"), best])
+    complete(search, best.load_group)
+    assert measure.calls == [(best, 256), (best.replace(cache="dynamic"), 256)]
+
+
+def test_the_winner_is_not_completed_past_the_deadline_or_where_the_plan_excludes_it(tmp_path: Path) -> None:
+    late, large = Fake(), Fake()
+    best = Configuration(weights="quanto-int4", cache="static")
+    complete(winner_at_64(tmp_path, late, [best], deadline=time.monotonic() - 1), best.load_group)
+    complete(winner_at_64(tmp_path, large, [best], fits=lambda c, context: "too large"), best.load_group)
+    assert late.calls == large.calls == []
