@@ -7,6 +7,7 @@ this process samples what the operating system (or, on a GPU, the driver) says t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -199,10 +200,8 @@ class WorkerProcess:
             return
         if self.witness is not None:
             self.witness.stop()
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         os.close(self._out)
         os.close(self._in)
@@ -269,7 +268,13 @@ class Trials:
         return self._start(None)
 
     def measure(
-        self, configuration: Configuration, context: int, *, timeout_s: float = 600, stage: str = "search", bar: float | None = None
+        self,
+        configuration: Configuration,
+        context: int,
+        *,
+        timeout_s: float = 600,
+        stage: str = "search",
+        bar: float | None = None,
     ) -> Record:
         """One measured (configuration, context). Whatever goes wrong is the record's outcome, but for a bug of ours."""
         assert self.inputs is not None
@@ -345,5 +350,8 @@ class Trials:
             return "quality_loss", f"perplexity is {ratio - 1:+.1%} of the reference's; the limit is {limit:+.1%}"
         if figures["spread"] > STABLE:
             rate = figures["tokens_per_s"]
-            return "unstable", f"{rate:.1f} tokens/s, but rounds vary by {figures['spread']:.0%}: is something else running?"
+            return (
+                "unstable",
+                f"{rate:.1f} tokens/s, but rounds vary by {figures['spread']:.0%}: is something else running?",
+            )
         return "ok", ""

@@ -146,7 +146,10 @@ class Worker:
         prompts, continuations = windows(inputs, context)
         self.phase(f"scoring the reference at {context} tokens")
         rows = torch.stack(
-            [self._score(prompt, tokens, Configuration()) for prompt, tokens in zip(prompts, continuations, strict=True)]
+            [
+                self._score(prompt, tokens, Configuration())
+                for prompt, tokens in zip(prompts, continuations, strict=True)
+            ]
         )
         kept = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows.float()
         np.save(path, kept.numpy())
@@ -300,6 +303,8 @@ def _failure(error: Exception) -> dict[str, Any]:
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, TextTooShort):
         return {"outcome": "unsupported", "reason": reason, "poisoned": False}
+    if isinstance(error.__cause__, torch.OutOfMemoryError):  # a step that could not be recorded for want of memory
+        return {"outcome": "out_of_memory", "reason": reason, "poisoned": True}
     if isinstance(error, Unsupported):
         return {"outcome": "unsupported", "reason": reason, "poisoned": bool(getattr(error, "poisons", False))}
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _host_allocation_failed(error):

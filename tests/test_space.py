@@ -53,7 +53,9 @@ def small_spaces() -> st.SearchStrategy[Space]:
     some = {k: st.lists(st.sampled_from(words[k]), min_size=1, max_size=2, unique=True).map(tuple) for k in KNOBS}
     spaces = st.fixed_dictionaries(some).map(lambda choices: Space({knob: choices[knob] for knob in KNOBS}))
     # `restrict` takes split_kv out of a space that has no cache for it
-    return spaces.filter(lambda s: "split_kv" not in s.choices["attention"] or set(s.choices["cache"]) & set(CAPTURABLE))
+    return spaces.filter(
+        lambda s: "split_kv" not in s.choices["attention"] or set(s.choices["cache"]) & set(CAPTURABLE)
+    )
 
 
 def is_legal(c: Configuration) -> bool:

@@ -181,10 +181,7 @@ def test_a_bug_of_our_own_stops_the_run_with_its_traceback(trials: Trials, plant
 
 def test_nothing_outlives_the_trials_even_on_an_exception(plant: Plant, tmp_path: Path) -> None:
     plant("hang", pid=str(tmp_path / "child"))
-    with (
-        pytest.raises(KeyboardInterrupt),
-        Trials("model", Workload(), BUDGET, tmp_path) as trials,
-    ):
+    with pytest.raises(KeyboardInterrupt), Trials("model", Workload(), BUDGET, tmp_path) as trials:  # noqa: PT012
         trials.inputs = Inputs("inputs.npz", {64: "reference.npy"})
         trials.measure(BF16, 64, timeout_s=2)
         trials.measure(BF16, 64)

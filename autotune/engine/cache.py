@@ -157,7 +157,7 @@ class _Preallocated(CacheLayerMixin):
     is_sliding = False
     capacity: int
 
-    def __init__(self, spare: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # of transformers, whose exclusion misses base classes
         super().__init__()
         self.spare = spare
         self.lengths: Lengths | None = None

@@ -106,7 +106,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        parts = [_quantize_rows(rows) for rows in linear.weight.detach().split(CHUNK)]  # type: ignore[no-untyped-call]
+        parts = [_quantize_rows(rows) for rows in linear.weight.detach().split(CHUNK)]
         self.register_buffer("packed", _pack(torch.cat([part[0] for part in parts])))
         self.register_buffer("scale_zero", torch.cat([part[1] for part in parts], dim=1).contiguous())
 
@@ -145,7 +145,7 @@ def _unpack(packed: torch.Tensor, scale_zero: torch.Tensor, places: tuple[torch.
     codes = packed.view(torch.uint8).reshape(tiles, columns, -1).index_select(2, byte)
     codes = codes.bitwise_right_shift_(shift).bitwise_and_(15).view(tiles, columns, *TILE).transpose(1, 2)
     centred = codes.to(torch.bfloat16, memory_format=torch.contiguous_format).sub_(8).view(-1, columns, TILE[1])
-    scale, zero = scale_zero.transpose(0, 1).split(1, dim=2)  # type: ignore[no-untyped-call]
+    scale, zero = scale_zero.transpose(0, 1).split(1, dim=2)
     return torch.addcmul(zero, centred, scale, out=centred).view(tiles * TILE[0], columns * TILE[1])
 
 
@@ -177,7 +177,7 @@ def _nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 def _quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes, two to a byte [rows, columns / 2], and scale and zero [groups, rows, 2]."""
-    grouped = weight.float().unflatten(1, (-1, INT4_GROUP))  # type: ignore[no-untyped-call]
+    grouped = weight.float().unflatten(1, (-1, INT4_GROUP))
     low, high = torch.aminmax(grouped, dim=2, keepdim=True)
     scale = ((high - low) / 15).clamp(min=1e-8).bfloat16()
     zero = (low + 8 * scale.float()).bfloat16()

@@ -93,7 +93,7 @@ def load_model(
     leftovers = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if leftovers:
         raise Unsupported(f"the checkpoint has no tensor for {leftovers[0]} ({len(leftovers)} missing in all)")
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 _MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4")  # those with products of their own for few tokens
@@ -133,19 +133,21 @@ def _merge(model: nn.Module, names: tuple[str, ...], weights: str, device: str) 
 
 
 def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module:
-    import bitsandbytes as bnb
+    from importlib import import_module
 
+    layers: Any = import_module("bitsandbytes.nn")  # its exports and constructors are typed in part
+    layer: Any
     weight, bias = linear.weight.data, linear.bias
     linear.weight = None  # type: ignore[assignment]
     if word == "bnb-int8":
-        layer = bnb.nn.Linear8bitLt(
+        layer = layers.Linear8bitLt(
             linear.in_features, linear.out_features, bias is not None, has_fp16_weights=False, device="meta"
         )
-        layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+        layer.weight = layers.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     else:
         if device == "cpu" and linear.in_features % 64:  # there its kernels give rows the scales of their neighbours
             raise Unsupported(f"{word} on a CPU needs layers whose input is a multiple of 64, not {linear.in_features}")
-        layer = bnb.nn.Linear4bit(
+        layer = layers.Linear4bit(
             linear.in_features,
             linear.out_features,
             bias is not None,
@@ -154,7 +156,7 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
             quant_type=word.removeprefix("bnb-"),
             device="meta",
         )
-        layer.weight = bnb.nn.Params4bit(
+        layer.weight = layers.Params4bit(
             weight, requires_grad=False, compress_statistics=True, quant_type=word.removeprefix("bnb-"), module=layer
         ).to(device)
         if linear.out_features % 32:  # its packing for AVX-512 asserts that there is no remainder
@@ -219,13 +221,14 @@ class _Tensors:
         self._converted: dict[str, torch.Tensor] = {}
         missing = {name for name, _ in model.named_parameters()} - set(self._names)
         if not all(name in model.all_tied_weights_keys for name in missing):
-            whole, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, by name
             )
+            whole, report = loaded
             if report["missing_keys"]:
                 raise Unsupported(f"the checkpoint has no tensor for {min(report['missing_keys'])}")
             for name, stored, wanted_shape in sorted(report["mismatched_keys"]):
@@ -282,7 +285,7 @@ def _place(module: nn.Module, name: str, tensors: _Tensors, dtype: torch.dtype, 
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
 
 
 def _trim(device: str) -> None:

@@ -1,4 +1,4 @@
-"""The real text that is measured on: prompts to continue and windows to score, at the true length, kept as token ids."""
+"""The real text that is measured on: prompts to continue and windows to score, at the true length, as token ids."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ class TextTooShort(ValueError):
     """The evaluation text or the prompts do not fill the longest context."""
 
 
-def prepare(
-    model: str, text: str, prompts: str | None, contexts: list[int], windows: int, path: str
-) -> dict[str, Any]:
+def prepare(model: str, text: str, prompts: str | None, contexts: list[int], windows: int, path: str) -> dict[str, Any]:
     """Tokenize the text file and cut prompts and windows for every context, spread over the whole text.
 
     Writes an .npz at `path` with `prompts_N` [PROMPTS, N] and `windows_N` [windows, N + SCORED] int32. A context that
@@ -41,7 +39,11 @@ def prepare(
         arrays[f"prompts_{context}"] = _cut(asked, context, PROMPTS, "--prompts" if prompts else "--text")
     np.savez(path, **arrays)  # type: ignore[arg-type]
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-    return {"text_tokens": len(tokens), "text_sha256": hashlib.sha256(body.encode()).hexdigest(), "tokens_sha256": digest}
+    return {
+        "text_tokens": len(tokens),
+        "text_sha256": hashlib.sha256(body.encode()).hexdigest(),
+        "tokens_sha256": digest,
+    }
 
 
 def _cut(tokens: np.ndarray, length: int, count: int, flag: str) -> np.ndarray:

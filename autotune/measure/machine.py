@@ -82,7 +82,7 @@ def state(device: str) -> dict[str, Any]:
 
 
 def probe(words: dict[str, list[str]], device: str, phase: Callable[[str], None]) -> dict[str, dict[str, str]]:
-    """For `weights` and `attention` words: those that cannot run here, with the reason. Compiles what must be compiled."""
+    """For `weights` and `attention` words: those that cannot run here, with the reason. Compiles what it must."""
     failed: dict[str, dict[str, str]] = {}
     for knob, check in (("weights", _run_weights), ("attention", _run_attention)):
         for word in words.get(knob, []):

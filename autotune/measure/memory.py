@@ -16,6 +16,7 @@ import gc
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,7 +118,9 @@ def module_bytes(module: nn.Module | None) -> int:
     if module is None:
         return 0
     storages: dict[int, int] = {}
-    int8 = [part.state for part in module.modules() if hasattr(part, "state")]  # has the scales after the first pass
+    int8: list[Any] = [
+        part.state for part in module.modules() if hasattr(part, "state")
+    ]  # has the scales after the first pass
     scales = [state.SCB for state in int8 if isinstance(getattr(state, "SCB", None), torch.Tensor)]
     for tensor in [*module.parameters(), *module.buffers(), *scales]:
         for part in _parts(tensor):
