@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
@@ -113,7 +112,7 @@ def stored(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, list[int]]]:
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, list[int]]:
     """A run that was killed while it measured: its folder, the records stored then, its workers then."""
     folder = prepare(tmp_path_factory.mktemp("killed"))
     process, _ = start(folder, "#3 ")
@@ -123,7 +122,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int
     running = workers(folder)
     process.kill()
     process.communicate()
-    yield folder, stored(folder), running
+    return folder, stored(folder), running
 
 
 @pytest.fixture(scope="module")

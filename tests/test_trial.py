@@ -181,16 +181,19 @@ def test_a_bug_of_our_own_stops_the_run_with_its_traceback(trials: Trials, plant
 
 def test_nothing_outlives_the_trials_even_on_an_exception(plant: Plant, tmp_path: Path) -> None:
     plant("hang", pid=str(tmp_path / "child"))
-    with (
-        pytest.raises(KeyboardInterrupt),
-        Trials("model", Workload(), BUDGET, tmp_path) as trials,
-    ):
-        trials.inputs = Inputs("inputs.npz", {64: "reference.npy"})
-        trials.measure(BF16, 64, timeout_s=2)
-        trials.measure(BF16, 64)
-        worker = pid(trials)
-        raise KeyboardInterrupt
-    assert is_gone(worker)
+    workers = []
+
+    def interrupted() -> None:
+        with Trials("model", Workload(), BUDGET, tmp_path) as trials:
+            trials.inputs = Inputs("inputs.npz", {64: "reference.npy"})
+            trials.measure(BF16, 64, timeout_s=2)
+            trials.measure(BF16, 64)
+            workers.append(pid(trials))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert is_gone(workers[0])
     assert is_gone(int((tmp_path / "child").read_text()))
 
 
