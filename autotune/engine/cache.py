@@ -157,8 +157,8 @@ class _Preallocated(CacheLayerMixin):
     is_sliding = False
     capacity: int
 
-        super().__init__()  # type: ignore[no-untyped-call] # of transformers, whose exclusion misses base classes
-        super().__init__()
+    def __init__(self, spare: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # transformers' base class is untyped
         self.spare = spare
         self.lengths: Lengths | None = None
 
