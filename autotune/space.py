@@ -76,6 +76,31 @@ class Space:
         for extended in [{**picked, knobs[0]: value} for value in options] or [picked]:
             yield from self._continue(extended, knobs[1:])
 
+    def seeds(self) -> Iterator[Configuration]:
+        """What most often wins: for each draft and each weights the rest as experience has it. To be tried first."""
+        order = {"prompt-lookup": 0, "none": 2}
+        for draft in sorted(self.choices["draft"], key=lambda word: order.get(word, 1)):
+            for weights in self.choices["weights"]:
+                packed = weights not in ("bf16", "fp32")
+                wishes: dict[str, tuple[Any, ...]] = {
+                    "weights": (weights,),
+                    "draft": (draft,),
+                    "lm_head": ("nf4",) if packed else ("bf16", "fp32"),
+                    "embeddings": ("host",) if packed else ("device",),
+                    "attention": ("split_kv", "sdpa"),
+                    "draft_weights": ("bnb-nf4",) if packed else ("bf16", "fp32"),
+                    "depth": (4, 3, 5),
+                    "cache": ("static",),
+                    "prefill_chunk": (2048, 1024) if packed else (0,),
+                    "launch": ("graph",),
+                }
+                picked: dict[str, Any] = {}
+                for knob, choices in self.choices.items():
+                    options = _options(knob, choices, picked)
+                    if options:
+                        picked[knob] = next((word for word in wishes[knob] if word in options), options[0])
+                yield Configuration(**picked)
+
     def parameters(self, configuration: Configuration) -> dict[str, Any] | None:
         """The choices that lead to a configuration, for Optuna; None where the space does not hold it."""
         picked: dict[str, Any] = {}

@@ -120,6 +120,8 @@ class Search:
         """Measure until time, trials or the space run out."""
         self._random = random.Random(self.seed)
         contexts = list(self.workload.contexts)
+        for seed in self.space.seeds():
+            self._sow(seed)
         while contexts and not self._over():
             context = min(contexts, key=lambda c: sum(at == c for _, at in self.known))
             first = self._propose(context)
@@ -146,6 +148,12 @@ class Search:
     def _over(self) -> bool:
         measured = sum(record.stage == "search" for record in self.known.values())
         return time.monotonic() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
+
+    def _sow(self, seed: Configuration) -> None:
+        """Measure what experience says may win, at every context where it may still."""
+        for context in self.workload.contexts:
+            if not self._over() and (seed, context) not in self.known and not self._hopeless(seed, context):
+                self._measured(seed, context, "search")
 
     def _stay(self, first: Configuration, at: int) -> None:
         """Measure the proposal, then more of its load group at every context, for at least as long as loading took."""

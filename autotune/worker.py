@@ -225,6 +225,7 @@ class Worker:
         if allocated is not None and reserved is not None:
             owners["activations"] = max(0, allocated - (held - self.meter.base_bytes))
             owners["slack"] = reserved - allocated
+            owners["base"] = (peak or 0) - reserved  # kernels that were loaded since the start count as well
         else:
             owners["activations"] = max(0, (peak or 0) - held)
         return owners

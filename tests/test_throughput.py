@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from autotune.config import Budget, Configuration, Workload
 from autotune.engine.decode import Generation
-from autotune.measure.throughput import MAX_ROUNDS, MIN_ROUNDS, measure_throughput, rate_interval, summarize
+from autotune.measure.throughput import MAX_ROUNDS, measure_throughput, rate_interval, summarize
 from autotune.trial import Trials
 
 PLAIN = Configuration()
+MIN_ROUNDS = 3
 PROMPTS = [[1, 2, 3], [4, 5]]
 
 
@@ -36,7 +37,7 @@ class FakeEngine:
 def measured(rates: Iterator[float], configuration: Configuration = PLAIN, **options: Any) -> tuple[Any, FakeEngine]:
     engine = FakeEngine(rates)
     options = {"limit_s": 60.0} | options
-    return measure_throughput(engine, configuration, PROMPTS, 20, **options)[0], engine  # type: ignore[arg-type]
+    return measure_throughput(engine, configuration, PROMPTS, 20, min_rounds=MIN_ROUNDS, **options)[0], engine  # type: ignore[arg-type]
 
 
 def sample(number: int, ttft_s: float, step_s: list[float], new_tokens: int, **counts: int) -> dict[str, Any]:
