@@ -313,6 +313,7 @@ def _search(
         deadline=end,
         max_trials=request.trials,
         seed=request.seed,
+        first=tuple(space.seeds()),
     )
 
     def on_record(record: Record) -> None:

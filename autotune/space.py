@@ -249,10 +249,10 @@ def _options(knob: str, choices: tuple[Any, ...], picked: Mapping[str, Any]) -> 
             return choices if picked["draft"] not in ("none", "prompt-lookup") else ()
         case "depth":
             return choices if picked["draft"] != "none" else ()
-        case "cache" if picked["attention"] == "split_kv":
+        case "cache" if picked.get("attention", "sdpa") == "split_kv":
             return tuple(word for word in choices if word in CAPTURABLE)
         case "launch":
-            fixed = picked["cache"] in CAPTURABLE and picked["attention"] in ("eager", "sdpa", "split_kv")
+            fixed = picked["cache"] in CAPTURABLE and picked.get("attention", "sdpa") in ("eager", "sdpa", "split_kv")
             waits = "bnb-int8" in (picked["weights"], picked.get("draft_weights"))
             return choices if fixed and not waits else tuple(word for word in choices if word == "eager")
         case _:

@@ -111,6 +111,7 @@ class Search:
     deadline: float  # time.monotonic()
     max_trials: int | None = None
     seed: int = 0
+    first: tuple[Configuration, ...] = ()  # measured before the sampler is asked
     known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
     skipped: int = 0
     on_record: Callable[[Record], None] = lambda record: None
@@ -120,8 +121,8 @@ class Search:
         """Measure until time, trials or the space run out."""
         self._random = random.Random(self.seed)
         contexts = list(self.workload.contexts)
-        for seed in self.space.seeds():
-            self._sow(seed)
+        for first in self.first:
+            self._sow(first)
         while contexts and not self._over():
             context = min(contexts, key=lambda c: sum(at == c for _, at in self.known))
             first = self._propose(context)
@@ -149,11 +150,11 @@ class Search:
         measured = sum(record.stage == "search" for record in self.known.values())
         return time.monotonic() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
 
-    def _sow(self, seed: Configuration) -> None:
+    def _sow(self, chosen: Configuration) -> None:
         """Measure what experience says may win, at every context where it may still."""
         for context in self.workload.contexts:
-            if not self._over() and (seed, context) not in self.known and not self._hopeless(seed, context):
-                self._measured(seed, context, "search")
+            if not self._over() and (chosen, context) not in self.known and not self._hopeless(chosen, context):
+                self._measured(chosen, context, "search")
 
     def _stay(self, first: Configuration, at: int) -> None:
         """Measure the proposal, then more of its load group at every context, for at least as long as loading took."""

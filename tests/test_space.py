@@ -295,3 +295,13 @@ def test_int8_weights_are_never_captured_into_a_graph() -> None:
     space = restricted("wide")
     narrowed = Space({**space.choices, "weights": ("bnb-int8",), "cache": CAPTURABLE, "depth": (4,)})
     assert {c.launch for c in narrowed.configurations()} == {"eager"}
+
+
+@pytest.mark.parametrize("name", BUILT_INS)
+@pytest.mark.parametrize("where", [ON_A_GPU, ON_A_CPU])
+def test_what_is_tried_first_is_legal_and_one_for_each_weights_and_draft(name: str, where: dict[str, Any]) -> None:
+    space = restricted(name, where)
+    first = list(space.seeds())
+    assert all(is_legal(configuration) and space.parameters(configuration) is not None for configuration in first)
+    assert len({(c.weights, c.draft) for c in first}) == len(first)
+    assert len(first) == len(space.choices["weights"]) * len(space.choices["draft"])
