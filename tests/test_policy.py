@@ -203,6 +203,11 @@ def test_an_idle_draft_is_written_as_none_and_stays_loaded() -> None:
     assert to_configuration(load_of(idle), settings_of(idle)).load_group == FAST.load_group
 
 
+def test_a_depth_without_a_draft_leaves_the_loaded_draft_idle() -> None:
+    settings = settings_of(FAST).model_copy(update={"draft": "none"})
+    assert to_configuration(load_of(FAST), settings) == FAST.replace(depth=0)
+
+
 def test_one_load_group_serves_all_rules() -> None:
     contexts = (512, 2048)
     at = {512: FAST, 2048: FAST.replace(depth=0, prefill_chunk=512)}
@@ -289,6 +294,14 @@ def test_only_what_was_ok_is_ever_chosen_whatever_its_speed(
         assert best is None or (best.outcome == "ok" and best.configuration in ok)
 
 
+@pytest.mark.parametrize("outcome", ["over_budget", "wrong_output", "quality_loss", "unstable"])
+def test_a_group_has_no_best_among_failures_and_never_a_faster_one(outcome: Outcome) -> None:
+    failed = synthetic_record(FAST, 512, around(9000), outcome=outcome)
+    slower = synthetic_record(FAST.replace(depth=2), 512, around(10))
+    assert best_in_group([failed], FAST.load_group, 512, "end-to-end") is None
+    assert best_in_group([failed, slower], FAST.load_group, 512, "end-to-end") == slower
+
+
 @pytest.mark.parametrize("outcome", ["over_budget", "wrong_output", "quality_loss", "out_of_memory", "crashed"])
 def test_what_failed_when_it_was_measured_again_is_never_recommended(outcome: Outcome) -> None:
     slower = FAST.replace(depth=2)
@@ -324,7 +337,7 @@ def test_the_footprint_that_is_promised_is_the_highest_that_was_seen() -> None:
 
 def test_the_best_load_group_covers_all_contexts_before_it_is_fast() -> None:
     quick = [synthetic_record(FAST, 512, around(900))]
-    everywhere = [synthetic_record(STOCK, context, around(50)) for context in (512, 2048)]
+    everywhere = [synthetic_record(STOCK, context, around(2)) for context in (512, 2048)]  # ln 2 twice, not ln 900
     assert best_group(quick + everywhere, Workload()) == STOCK.load_group
     assert best_group([*quick, everywhere[0]], Workload()) == FAST.load_group
 
