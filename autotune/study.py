@@ -30,6 +30,7 @@ Measure = Callable[[Configuration, int, str], Record]
 Fits = Callable[[Configuration, int], str]  # why the plan says that it cannot fit, or nothing
 
 _DUPLICATES = 10  # suggestions in a row that were all known, after which one is drawn from what is left
+_LOADING = "while loading"  # how the reason of a record starts whose load group could not be loaded
 _TRIES = 3  # winners elsewhere that are tried at a context before the load group is left without a record there
 
 
@@ -172,7 +173,7 @@ class Search:
                 found = True
                 record = self._measured(proposal, context, "search")
                 proposal = None
-                if record.load_s is None and record.reason.startswith("while loading"):
+                if record.reason.startswith(_LOADING):
                     return
                 spent, load_s = spent + (record.measure_s or 0), record.load_s or load_s
             if not found or spent >= load_s:
@@ -213,8 +214,10 @@ class Search:
         return next((configuration for configuration in left if not self._hopeless(configuration, context)), None)
 
     def _hopeless(self, configuration: Configuration, context: int) -> str:
-        """Why measuring it cannot change the answer: the plan, or what is known of the same text."""
+        """Why measuring it cannot change the answer: what is known of the same load or the same text, or the plan."""
         for (other, at), record in self.known.items():
+            if _did_not_load(record) and other.load_group == configuration.load_group:
+                return record.reason
             if at != context or record.outcome != "quality_loss" or other.quality_key != configuration.quality_key:
                 continue
             if other != configuration:
@@ -244,6 +247,11 @@ class Search:
         """The record of a configuration at a context, measured now if it is not known."""
         known = self.known.get((configuration, context))
         return known if known is not None else self._measured(configuration, context, "search")
+
+
+def _did_not_load(record: Record) -> bool:
+    """Whether the load group itself failed; loading that took too long may have been the machine's doing."""
+    return record.reason.startswith(_LOADING) and record.outcome != "timeout"
 
 
 def complete(search: Search, group: LoadGroup) -> None:

@@ -310,20 +310,21 @@ def test_a_load_group_that_runs_out_before_its_load_is_paid_for_is_left(tmp_path
 
 
 @pytest.mark.usefixtures("in_memory")
-def test_a_load_group_that_does_not_load_is_left_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("outcome", "tries"), [("out_of_memory", 1), ("unsupported", 1), ("timeout", 16)])
+def test_a_load_group_that_does_not_load_is_tried_once(tmp_path: Path, outcome: Outcome, tries: int) -> None:
     class DoesNotLoad(Fake):
         def __call__(self, configuration: Configuration, context: int, stage: str) -> Record:
             record = super().__call__(configuration, context, stage)
-            if configuration.weights == "bf16":
-                return Record(configuration, context, "out_of_memory", "while loading: no memory", measure_s=1.0)
-            return record
+            if configuration.weights == "bnb-nf4":
+                return record
+            return Record(configuration, context, outcome, "while loading: it failed", measure_s=1.0)
 
-    measure = DoesNotLoad(load_s=5.0, measure_s=1.0)
-    search_in(tmp_path, MIXED, measure, max_trials=30).run()
-    failed = [list(calls) for _, calls in groupby(measure.calls, key=lambda call: call[0].load_group)]
-    assert any(calls[0][0].weights == "bf16" for calls in failed)
-    by_group = [len(calls) for calls in failed if calls[0][0].weights != "bf16"]
-    assert max(by_group) >= 5
+    space = space_of(weights=("bf16", "bnb-nf4"), cache=("dynamic", "static"), prefill_chunk=(0, 64, 256, 512))
+    measure = DoesNotLoad(load_s=5.0)
+    search_in(tmp_path, space, measure).run()
+    weights = [configuration.weights for configuration, _ in measure.calls]
+    assert weights.count("bnb-nf4") == 16
+    assert weights.count("bf16") == tries
 
 
 @pytest.mark.usefixtures("in_memory")
