@@ -36,8 +36,8 @@ class FakeEngine:
 
 def measured(rates: Iterator[float], configuration: Configuration = PLAIN, **options: Any) -> tuple[Any, FakeEngine]:
     engine = FakeEngine(rates)
-    options = {"limit_s": 60.0} | options
-    return measure_throughput(engine, configuration, PROMPTS, 20, min_rounds=MIN_ROUNDS, **options)[0], engine  # type: ignore[arg-type]
+    options = {"limit_s": 60.0, "min_rounds": MIN_ROUNDS} | options
+    return measure_throughput(engine, configuration, PROMPTS, 20, **options)[0], engine  # type: ignore[arg-type]
 
 
 def sample(number: int, ttft_s: float, step_s: list[float], new_tokens: int, **counts: int) -> dict[str, Any]:
