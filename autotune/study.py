@@ -122,8 +122,8 @@ class Search:
         """Measure until time, trials or the space run out."""
         self._random = random.Random(self.seed)
         contexts = list(self.workload.contexts)
-        for first in self.first:
-            self._sow(first)
+        for configuration in self.first:
+            self._sow(configuration)
         while contexts and not self._over():
             context = min(contexts, key=lambda c: sum(at == c for _, at in self.known))
             first = self._propose(context)
