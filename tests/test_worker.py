@@ -49,7 +49,7 @@ def trials(folder: Path, plain: WorkerProcess) -> Iterator[Trials]:
     with pytest.MonkeyPatch.context() as patch, Trials(str(DRAFT), workload, budget, folder) as trials:
         patch.setattr(trial, "WORKER", (sys.executable, str(FAULTY)))
         patch.setattr(trial, "STABLE", 100.0)  # how steady this machine is now is not the question
-        patch.setattr(trial, "_LIMIT_S", {True: 0.0, False: 0.0})  # three rounds will do
+        patch.setattr(trial, "_LOOK", (3, 0.0))  # three rounds will do
         patch.setenv("PYTHONPATH", str(Path(trial.__file__).parents[1]))
         patch.setenv("FAULT", str(folder / "fault.json"))
         trials.inputs = inputs
