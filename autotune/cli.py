@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .config import OBJECTIVES, Budget, Objective, Workload, mib, parse_bytes, parse_tokens
+from .config import OBJECTIVES, Budget, Workload, mib, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -96,7 +96,7 @@ def _inputs(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--space", default="default", show_default=True, metavar="NAME|FILE", help="The search space."),
         click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text that quality is measured on."),
         click.option("--prompts", type=click.Path(path_type=Path), help='JSON Lines file with a "prompt" a line.'),
-        click.option("--max-quality-loss", type=_Share(), default="5%", show_default=True, help="Perplexity over the reference's."),
+        click.option("--max-quality-loss", type=_Share(), default="5%", show_default=True, help="In perplexity."),
         click.option("--objective", type=click.Choice(OBJECTIVES), default="end-to-end", show_default=True),
         click.option("--trials", type=click.IntRange(min=1), help="Stop after this many measurements."),
         click.option("--timeout", type=_Duration(), default="10m", show_default=True, help="Time for the whole run."),
@@ -134,9 +134,11 @@ def run(**options: Any) -> None:
     from .run import tune
 
     request = _request(options)
-    console = Console(stderr=False)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     budget = request.budget
-    console.print(f"{request.model.name} on {budget.device}, budget {mib(budget.bytes)}, into {request.out}", markup=False)
+    console.print(
+        f"{request.model.name} on {budget.device}, budget {mib(budget.bytes)}, into {request.out}", markup=False
+    )
     with _plain_errors(), Display(console, request.workload.objective, request.timeout_s) as display:
         policy = tune(request, display)
     if policy is None:
@@ -175,8 +177,8 @@ def report(folder: Path) -> None:
 @click.option("--format", "kind", type=click.Choice(["policy", "csv"]), default="policy", show_default=True)
 def export(folder: Path, to: Path | None, kind: str) -> None:
     """Write a run's policy or its trials elsewhere."""
-    from .run import conclude
     from .results import frame, read_run
+    from .run import conclude
 
     with _plain_errors():
         if kind == "csv":
@@ -188,8 +190,11 @@ def export(folder: Path, to: Path | None, kind: str) -> None:
             text = json.dumps(policy.model_dump(mode="json"), indent=2) + "\n"
         if to is None:
             click.echo(text, nl=False)
-        else:
+            return
+        try:
             to.write_text(text)
+        except OSError as error:
+            raise click.UsageError(f"--to {to} cannot be written: {error.strerror}") from None
 
 
 @_command("verify")
@@ -246,9 +251,7 @@ class _plain_errors:
 
 
 def _answer_is_no(text: str) -> click.ClickException:
-    failure = click.ClickException(text)
-    failure.exit_code = 1
-    return failure
+    return click.ClickException(text)  # exit code 1
 
 
 def _request(options: dict[str, Any]) -> Request:

@@ -37,7 +37,7 @@ CACHES = (
     "offloaded",
     "sliding",
 )
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTIONS = ("eager", "sdpa", "split_kv", "flash_attention_2", "flash_attention_3", "flex_attention")
 LAUNCHES = ("eager", "graph", "compile")
 
 MIB = 2**20
@@ -156,6 +156,7 @@ class Record:
     reason: str = ""
     tokens_per_s: float | None = None
     tokens_per_s_interval: tuple[float, float] | None = None
+    spread: float | None = None  # standard deviation of the rounds' tokens/s over their median
     decode_tokens_per_s: float | None = None
     decode_tokens_per_s_interval: tuple[float, float] | None = None
     ttft_s: float | None = None

@@ -102,7 +102,7 @@ class LLM:
         shown = ""
         while (piece := queue.get()) is not None:
             seen += piece
-            text = self.tokenizer.decode(seen, skip_special_tokens=True)
+            text = str(self.tokenizer.decode(seen, skip_special_tokens=True))
             if not text.endswith("\ufffd"):  # a character's bytes may be split between tokens
                 yield text[len(shown) :]
                 shown = text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import click
 from rich.console import Console
@@ -39,17 +40,17 @@ def print_plan(request: Request, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([_row(*row) for row in rows], indent=2))
         return
-    table = Table(title=f"predicted footprint, budget {mib(request.budget.bytes)}", title_justify="left", header_style="bold")
+    table = Table(
+        title=f"predicted footprint, budget {mib(request.budget.bytes)}", title_justify="left", header_style="bold"
+    )
     table.add_column("configuration")
     for context in request.workload.contexts:
         table.add_column(f"{context} tokens", justify="right")
     table.add_column("largest context", justify="right")
     for configuration, predictions, fits in rows[:SHOWN]:
-        cells = [
-            f"{mib(p.total)}" + ("" if p.total <= request.budget.bytes else " over") for p in predictions.values()
-        ]
+        cells = [f"{mib(p.total)}" + ("" if p.total <= request.budget.bytes else " over") for p in predictions.values()]
         table.add_row(describe(configuration), *cells, str(fits) if fits else "none")
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     if len(rows) > SHOWN:
         console.print(f"{len(rows) - SHOWN} more; --json lists all")
@@ -63,9 +64,11 @@ def print_layers(request: Request, as_json: bool) -> None:
     context = max(request.workload.contexts)
     rows = plan.by_layer(shapes[str(request.model)], configuration, context, request.workload.new_tokens)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        click.echo(json.dumps([row._asdict() for row in rows], indent=2))
         return
-    table = Table("layer", "weights", "KV cache", header_style="bold", title=f"{describe(configuration)}, {context} tokens")
+    table = Table(
+        "layer", "weights", "KV cache", header_style="bold", title=f"{describe(configuration)}, {context} tokens"
+    )
     for row in rows:
         table.add_row(str(row.layer), mib(row.weights_bytes), mib(row.kv_bytes))
     Console().print(table)

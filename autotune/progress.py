@@ -33,7 +33,9 @@ class Display:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.live.stop()
 
     def phase(self, text: str) -> None:
@@ -68,7 +70,9 @@ class Display:
 
     def _line(self, text: str) -> None:
         spent = int(time.monotonic() - self.began)
-        self.console.print(f"[{spent // 60:02d}:{spent % 60:02d}] {text}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[{spent // 60:02d}:{spent % 60:02d}] {text}", markup=False, highlight=False, soft_wrap=True
+        )
 
     def _table(self) -> Table:
         spent = time.monotonic() - self.began

@@ -136,11 +136,14 @@ class _View:
     def __init__(self, run: RunData) -> None:
         self.run, self.policy, self.budget = run, run.policy or {}, run.budget.bytes / MIB
         self.unit, self._figure, self._interval = _RATES[run.workload.objective]
-        self.model = _short_path(str(self.policy.get("model") or run.info.get("model") or "model"))
+        model = self.policy.get("model") or run.info.get("model") or "model"
+        self.model = _short_path(str(model["path"] if isinstance(model, Mapping) else model))
         care = {"search": 0, "baseline": 1, "final": 2}  # of several, the last of the most careful stage counts
         ordered = sorted(run.records, key=lambda record: care.get(record.stage, 0))
         self.measured = {(record.configuration, record.context_tokens): record for record in ordered}
         self.records = list(self.measured.values())
+        stock = self.policy.get("baseline") or ()
+        self.baselines = {entry["context_tokens"]: _configuration(entry["load"], entry["settings"]) for entry in stock}
         self.baseline = self._find_baseline()
         self.contexts = sorted({*run.workload.contexts, *(record.context_tokens for record in self.records)})
         self.answers = [self._answer(context) for context in self.contexts]
@@ -159,10 +162,8 @@ class _View:
         return "baseline" if configuration == self.baseline else describe(configuration, self.baseline)
 
     def _find_baseline(self) -> Configuration | None:
-        stored = self.policy.get("baseline") or {}
-        stored = {**stored, **_knobs(*(stored.get(key) for key in ("load", "settings", "configuration")))}
-        if _knobs(stored):
-            return Configuration(**_knobs(stored))
+        if self.baselines:
+            return self.baselines[min(self.baselines)]
         measured = [record for record in self.run.records if record.stage == "baseline"]
         return min(measured, key=lambda record: record.outcome != "ok").configuration if measured else None
 
@@ -171,7 +172,8 @@ class _View:
         covering = [end for end in ends if context <= end[0]]
         rule = min(covering, key=lambda end: end[0])[1] if covering else None
         chosen = self._chosen(rule, context) if rule is not None else None
-        baseline = self.measured.get((self.baseline, context)) if self.baseline else None
+        stock = self.baselines.get(context, self.baseline)
+        baseline = self.measured.get((stock, context)) if stock else None
         if not chosen or not baseline or baseline.outcome != "ok" or not self.speed(baseline) or not self.rate(chosen):
             return _Answer(context, rule or {}, chosen, baseline, None, False)
         ours, theirs = self.interval(chosen), self.interval(baseline)
@@ -181,10 +183,18 @@ class _View:
 
     def _chosen(self, rule: Mapping[str, Any], context: int) -> Record:
         """The stored record of a rule's configuration, or what the policy expects where the storage has none."""
-        configuration = Configuration(**_knobs(self.policy.get("load"), rule.get("load"), rule.get("settings")))
+        configuration = _configuration(rule.get("load") or self.policy.get("load") or {}, rule["settings"])
         known = {"configuration": asdict(configuration), "context_tokens": context, "outcome": "ok"}
         expected = Record.from_json({**(rule.get("expected") or {}), **known})
         return self.measured.get((configuration, context), expected)
+
+
+def _configuration(load: Mapping[str, Any], settings: Mapping[str, Any]) -> Configuration:
+    """A policy's load group and settings together: there, `model` stands for the load group's draft."""
+    knobs = _knobs(load, settings)
+    if settings.get("draft") in ("model", "none") and load.get("draft", "none") != "none":
+        knobs |= {"draft": load["draft"], "depth": knobs.get("depth", 0) if settings["draft"] == "model" else 0}
+    return Configuration(**knobs)
 
 
 def _knobs(*sources: Mapping[str, Any] | None) -> dict[str, Any]:

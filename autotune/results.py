@@ -65,20 +65,26 @@ class Run:
         return Budget(**self.info["budget"])
 
 
-def read_run(folder: Path) -> Run:
-    """Raises RunError for a folder that holds no run."""
+def read_info(folder: Path) -> dict[str, Any]:
+    """What run.json says. Raises RunError for a folder that holds no run."""
     try:
         info = json.loads((folder / "run.json").read_text())
     except FileNotFoundError:
         raise RunError(f"{folder} holds no run.json: give the folder that autotune run wrote (--out)") from None
     except OSError as error:
-        raise RunError(f"{folder / 'run.json'} cannot be read: {error.strerror}") from None
+        raise RunError(f"{folder / 'run.json'} cannot be read: {error.strerror}; check --out") from None
     except ValueError as error:
-        raise RunError(f"{folder / 'run.json'} is not valid JSON: {error}") from None
-    needed = ("workload", "budget", "study", "storage")
+        raise RunError(f"{folder / 'run.json'} is not valid JSON ({error}): give another folder with --out") from None
+    needed = ("workload", "budget", "study", "storage", "identity")
     missing = [key for key in needed if not isinstance(info, dict) or key not in info]
     if missing:
         raise RunError(f"{folder / 'run.json'} has no {missing[0]}: give the folder that autotune run wrote (--out)")
+    return info  # type: ignore[no-any-return]
+
+
+def read_run(folder: Path) -> Run:
+    """Raises RunError for a folder that holds no run."""
+    info = read_info(folder)
     if info["storage"] is None and not (folder / "study.db").exists():
         raise RunError(f"{folder} holds no study.db, so nothing that was measured")
     return Run(folder, info, read_records(storage_url(folder, info), info["study"]))

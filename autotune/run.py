@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from . import __version__
 from . import plan as planning
-from .config import Budget, Configuration, LoadGroup, Record, Workload, mib
+from .config import Budget, Configuration, Record, Workload, mib
 from .policy import Policy, best_group, best_in_group, make_policy, write_policy
 from .report import RunData, write_report
-from .results import RunError, frame, read_records, read_run, storage_url
+from .results import RunError, frame, read_info, read_records, read_run
 from .space import Space
 from .study import Search, Studies, complete
 from .trial import Inputs, Trials, WorkerFailed
 
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
+_LEARNT = 4  # measured peaks from which the plan is calibrated
+_UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
 _WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
 
 
@@ -103,6 +103,10 @@ def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
                 f"--draft {draft} has a vocabulary of {shapes[str(draft)].vocab_size} tokens, the model has "
                 f"{target.vocab_size}: speculation needs a draft with the model's own tokenizer"
             )
+        if None not in (words := (_vocabulary(request.model), _vocabulary(draft))) and words[0] != words[1]:
+            raise planning.PlanError(
+                f"--draft {draft} has other tokens than the model: speculation needs a draft with the model's tokenizer"
+            )
     longest = max(request.workload.contexts) + request.workload.new_tokens
     if target.max_position_embeddings and longest > target.max_position_embeddings:
         raise planning.PlanError(
@@ -110,6 +114,16 @@ def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
             f"{longest} positions; the model has {target.max_position_embeddings}"
         )
     return shapes
+
+
+def _vocabulary(folder: Path) -> Any:
+    """Which token has which number; None where the folder has no tokenizer.json."""
+    try:
+        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise planning.PlanError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
 
 
 def _check_budget(request: Request, shapes: dict[str, planning.ModelShape]) -> None:
@@ -158,9 +172,10 @@ def _prepare_folder(request: Request) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"--out {request.out} cannot be written: {error.strerror}") from None
     path = request.out / "run.json"
-    if path.exists():
-        info: dict[str, Any] = json.loads(path.read_text())
+    info = read_info(request.out) if path.exists() else {}
+    if "environment" in info:  # before that nothing was measured, and inputs may be mended
         differing = [key for key in identity if info["identity"].get(key) != identity[key]]
+        differing += ["storage"] if info["storage"] != request.storage else []
         if differing:
             raise RunError(
                 f"{request.out} holds a run with another {', '.join(differing)}: give this one a folder with --out, "
@@ -278,10 +293,6 @@ def _search(
     watch: Watch,
 ) -> Search:
     """The search with everything that it needs to know, earlier records of the same run included."""
-    calibration = dataclasses.replace(
-        planning.DEFAULT["cpu" if request.budget.device == "cpu" else "cuda"],
-        base_bytes=info["environment"]["base_bytes"],
-    )
     end = request.started + request.timeout_s
 
     def measure(configuration: Configuration, context: int, stage: str) -> Record:
@@ -291,64 +302,94 @@ def _search(
         bar = max(best, default=None) if stage == "search" and request.workload.objective == "end-to-end" else None
         return trials.measure(configuration, context, timeout_s=min(600.0, left), stage=stage, bar=bar)
 
-    def fits(configuration: Configuration, context: int) -> str:
-        draft = shapes.get(configuration.draft)
-        prediction = planning.predict(
-            shapes[str(request.model)],
-            draft,
-            configuration,
-            context,
-            request.workload.new_tokens,
-            request.budget.device,
-            calibration,
-        )
-        if prediction.total * 0.93 <= request.budget.bytes:
-            return ""
-        return f"predicted {mib(prediction.total)}, over the budget of {mib(request.budget.bytes)}"
-
+    foresight = Foresight(request, shapes, info["environment"]["base_bytes"])
     search = Search(
         space=space,
         workload=request.workload,
         budget=request.budget,
         studies=studies,
         measure=measure,
-        fits=fits,
+        fits=foresight.fits,
         deadline=end,
         max_trials=request.trials,
         seed=request.seed,
+        first=tuple(space.seeds()),
     )
 
     def on_record(record: Record) -> None:
+        foresight.learn(record)
         search.deadline = end - _reserve(search, request.timeout_s)
         watch.record(record)
 
     search.on_record = on_record
     for record in read_records(_url(request), request.study):
         trials.learn(record)
+        foresight.learn(record)
         if record.stage != "final":
             search.known[record.configuration, record.context_tokens] = record
             watch.record(record)
     return search
 
 
+class Foresight:
+    """What the plan says of a configuration, calibrated by what was measured so far."""
+
+    def __init__(self, request: Request, shapes: dict[str, planning.ModelShape], base_bytes: int):
+        self.request, self.shapes = request, shapes
+        self.default = planning.DEFAULT[request.budget.device.partition(":")[0]]
+        self.calibration = dataclasses.replace(self.default, base_bytes=base_bytes)
+        self.pairs: list[tuple[Record, planning.Prediction]] = []
+
+    def learn(self, record: Record) -> None:
+        """A measured peak corrects the predictions that follow."""
+        if record.peak_bytes is None:
+            return
+        prediction = self._predict(record.configuration, record.context_tokens, self.default)
+        self.pairs.append((record, prediction))
+        if len(self.pairs) >= _LEARNT:
+            self.calibration = planning.calibrate(self.pairs, self.request.budget.device)
+
+    def fits(self, configuration: Configuration, context: int) -> str:
+        """Why it cannot fit, or nothing where it may: the prediction's own error is given away."""
+        predicted = self._predict(configuration, context, self.calibration).total
+        error = _UNTRIED if self.calibration.error is None else min(_UNTRIED, max(0.01, self.calibration.error))
+        if predicted * (1 - error) <= self.request.budget.bytes:
+            return ""
+        return f"predicted {mib(predicted)}, over the budget of {mib(self.request.budget.bytes)}"
+
+    def _predict(
+        self, configuration: Configuration, context: int, calibration: planning.Calibration
+    ) -> planning.Prediction:
+        return planning.predict(
+            self.shapes[str(self.request.model)],
+            self.shapes.get(configuration.draft),
+            configuration,
+            context,
+            self.request.workload.new_tokens,
+            self.request.budget.device,
+            calibration,
+        )
+
+
 def _reserve(search: Search, timeout_s: float) -> float:
-    """Seconds that measuring the finalists again will take, at most a third of the run."""
+    """Seconds that measuring the finalists again will take, at most two fifths of the run."""
     slowest = {
         context: max((r.measure_s or 0 for (_, at), r in search.known.items() if at == context), default=0)
         for context in search.workload.contexts
     }
     load = max((r.load_s or 0 for r in search.known.values()), default=0) + 6
-    return min(timeout_s / 3, 2 * FINAL_ROUNDS * (sum(slowest.values()) * 0.7 + load))
+    return min(timeout_s * 0.4, 2 * FINAL_ROUNDS * (sum(slowest.values()) + load))
 
 
 def _stock(full_precision: str, space: Space) -> list[Configuration]:
-    """What a user would run without tuning: unquantized, else nf4, each with stock settings."""
+    """What a user would run without tuning: unquantized, else nf4, else nf4 with the head in nf4; stock otherwise."""
     words = [full_precision, "bnb-nf4"]
     if "checkpoint" in space.choices["weights"]:
         words = ["checkpoint"]
     attention = "sdpa" if "sdpa" in space.choices["attention"] else space.choices["attention"][0]
     lm_head = full_precision if words[0] == full_precision else Configuration.lm_head
-    return [Configuration(weights=word, lm_head=lm_head, attention=attention) for word in words]
+    stock = [Configuration(weights=word, lm_head=lm_head, attention=attention) for word in words]
+    return [*stock, stock[-1].replace(lm_head="nf4")] if len(stock) > 1 else stock
 
 
 def _dropped(space: Space) -> str:

@@ -23,11 +23,11 @@ _WORDS: dict[str, tuple[str, ...] | None] = {
     "weights": WEIGHTS,
     "lm_head": LM_HEADS,
     "embeddings": EMBEDDINGS,
+    "attention": ATTENTIONS,
     "draft": ("none", "prompt-lookup", "model"),
     "draft_weights": WEIGHTS,
     "depth": None,
     "cache": CACHES,
-    "attention": ATTENTIONS,
     "prefill_chunk": None,
     "launch": LAUNCHES,
 }
@@ -57,36 +57,63 @@ class Space:
         """A legal configuration of the trial's choices."""
         picked: dict[str, Any] = {}
         for knob, choices in self.choices.items():
-            if _applies(knob, picked):
-                picked[knob] = trial.suggest_categorical(knob, choices) if len(choices) > 1 else choices[0]
+            options = _options(knob, choices, picked)
+            if len(options) > 1:
+                picked[knob] = trial.suggest_categorical(_name(knob, options, choices), options)
+            elif options:
+                picked[knob] = options[0]
         return Configuration(**picked)
 
     def configurations(self) -> Iterator[Configuration]:
         """Every legal configuration once."""
-        yield from self._continue({})
+        yield from self._continue({}, list(self.choices))
 
-    def _continue(self, picked: dict[str, Any]) -> Iterator[Configuration]:
-        knobs = (knob for knob in self.choices if knob not in picked and _applies(knob, picked))
-        knob = next(knobs, None)
-        if knob is None:
+    def _continue(self, picked: dict[str, Any], knobs: list[str]) -> Iterator[Configuration]:
+        if not knobs:
             yield Configuration(**picked)
             return
-        for value in self.choices[knob]:
-            yield from self._continue({**picked, knob: value})
+        options = _options(knobs[0], self.choices[knobs[0]], picked)
+        for extended in [{**picked, knobs[0]: value} for value in options] or [picked]:
+            yield from self._continue(extended, knobs[1:])
+
+    def seeds(self) -> Iterator[Configuration]:
+        """What most often wins: for each draft and each weights the rest as experience has it. To be tried first."""
+        order = {"prompt-lookup": 0, "none": 2}
+        for draft in sorted(self.choices["draft"], key=lambda word: order.get(word, 1)):
+            for weights in self.choices["weights"]:
+                packed = weights not in ("bf16", "fp32")
+                wishes: dict[str, tuple[Any, ...]] = {
+                    "weights": (weights,),
+                    "draft": (draft,),
+                    "lm_head": ("nf4",) if packed else ("bf16", "fp32"),
+                    "embeddings": ("host",) if packed else ("device",),
+                    "attention": ("split_kv", "sdpa"),
+                    "draft_weights": ("bnb-nf4",) if packed else ("bf16", "fp32"),
+                    "depth": (4, 3, 5),
+                    "cache": ("static",),
+                    "prefill_chunk": (2048, 1024) if packed else (0,),
+                    "launch": ("graph",),
+                }
+                picked: dict[str, Any] = {}
+                for knob, choices in self.choices.items():
+                    options = _options(knob, choices, picked)
+                    if options:
+                        picked[knob] = next((word for word in wishes[knob] if word in options), options[0])
+                yield Configuration(**picked)
 
     def parameters(self, configuration: Configuration) -> dict[str, Any] | None:
         """The choices that lead to a configuration, for Optuna; None where the space does not hold it."""
         picked: dict[str, Any] = {}
         parameters: dict[str, Any] = {}
         for knob, choices in self.choices.items():
-            value = getattr(configuration, knob)
-            if not _applies(knob, picked):
+            value, options = getattr(configuration, knob), _options(knob, choices, picked)
+            if not options:
                 continue
-            if value not in choices:
+            if value not in options:
                 return None
             picked[knob] = value
-            if len(choices) > 1:
-                parameters[knob] = value
+            if len(options) > 1:
+                parameters[_name(knob, options, choices)] = value
         return parameters if Configuration(**picked) == configuration else None
 
     def with_load_group(self, configuration: Configuration) -> Space:
@@ -139,6 +166,10 @@ class Space:
                 reasons = "; ".join(f"{word}: {reason}" for name, word, reason in dropped if name == knob)
                 raise SpaceError(f"no choice of [{knob}] can run here ({reasons})")
             kept[knob] = tuple(left)
+        if not set(kept["cache"]) & set(CAPTURABLE) and "split_kv" in kept["attention"]:
+            reason = "it reads a cache of fixed shape, and the space has none"
+            dropped.append(("attention", "split_kv", reason))
+            kept["attention"] = tuple(word for word in kept["attention"] if word != "split_kv") or ("sdpa",)
         return dataclasses.replace(self, choices=kept, dropped=tuple(dropped))
 
 
@@ -209,19 +240,28 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _applies(knob: str, picked: Mapping[str, Any]) -> bool:
-    """Whether the knob has an effect, and every choice of it is legal, given those picked before."""
+def _options(knob: str, choices: tuple[Any, ...], picked: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The knob's choices that are legal given those picked before; none where it has no effect."""
     match knob:
         case "lm_head" | "embeddings":
-            return bool(picked["weights"] != "checkpoint")
+            return choices if picked["weights"] != "checkpoint" else ()
         case "draft_weights":
-            return picked["draft"] not in ("none", "prompt-lookup")
+            return choices if picked["draft"] not in ("none", "prompt-lookup") else ()
         case "depth":
-            return bool(picked["draft"] != "none")
+            return choices if picked["draft"] != "none" else ()
+        case "cache" if picked.get("attention", "sdpa") == "split_kv":
+            return tuple(word for word in choices if word in CAPTURABLE)
         case "launch":
-            return bool(picked["cache"] in CAPTURABLE and picked["weights"] != "bnb-int8")
+            fixed = picked["cache"] in CAPTURABLE and picked.get("attention", "sdpa") in ("eager", "sdpa", "split_kv")
+            waits = "bnb-int8" in (picked["weights"], picked.get("draft_weights"))
+            return choices if fixed and not waits else tuple(word for word in choices if word == "eager")
         case _:
-            return True
+            return choices
+
+
+def _name(knob: str, options: tuple[Any, ...], choices: tuple[Any, ...]) -> str:
+    """Optuna's name for a choice: a parameter's choices must never change, so a part of them is one of its own."""
+    return knob if options == choices else f"{knob} of {len(options)}"
 
 
 def _impossible(
@@ -241,6 +281,6 @@ def _impossible(
         return "the model has no sliding-window layers"
     if cpu and (knob, word) in {("cache", "offloaded"), ("embeddings", "host")}:
         return "the device is the host already"
-    if cpu and knob == "launch" and word != "eager":
-        return "CUDA graphs need an NVIDIA GPU"
+    if cpu and (knob, word) in {("launch", "graph"), ("launch", "compile"), ("attention", "split_kv")}:
+        return "it needs an NVIDIA GPU"
     return ""

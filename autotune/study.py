@@ -42,7 +42,8 @@ class Studies:
         self.storage, self.name = open_storage(url), name
         self.extra = self._open("records", seed)
         stored = self.extra.user_attrs.get("identity")
-        if stored is None:
+        summaries = optuna.get_all_study_summaries(self.storage, include_best_trial=False)
+        if stored is None or not any(s.n_trials for s in summaries if s.study_name.startswith(f"{name}/")):
             self.extra.set_user_attr("identity", identity)
         elif stored != identity:
             differing = [key for key in identity if stored.get(key) != identity[key]]
@@ -111,6 +112,7 @@ class Search:
     deadline: float  # time.monotonic()
     max_trials: int | None = None
     seed: int = 0
+    first: tuple[Configuration, ...] = ()  # measured before the sampler is asked
     known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
     skipped: int = 0
     on_record: Callable[[Record], None] = lambda record: None
@@ -120,6 +122,8 @@ class Search:
         """Measure until time, trials or the space run out."""
         self._random = random.Random(self.seed)
         contexts = list(self.workload.contexts)
+        for configuration in self.first:
+            self._sow(configuration)
         while contexts and not self._over():
             context = min(contexts, key=lambda c: sum(at == c for _, at in self.known))
             first = self._propose(context)
@@ -139,13 +143,19 @@ class Search:
     def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:
         for candidate in candidates:
             record = self.known.get((candidate, context))
-            if record is not None and record.outcome in ("ok", "quality_loss"):
+            if record is not None and record.outcome in ("ok", "quality_loss", "unstable"):
                 return record
         return None
 
     def _over(self) -> bool:
         measured = sum(record.stage == "search" for record in self.known.values())
         return time.monotonic() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
+
+    def _sow(self, chosen: Configuration) -> None:
+        """Measure what experience says may win, at every context where it may still."""
+        for context in self.workload.contexts:
+            if not self._over() and (chosen, context) not in self.known and not self._hopeless(chosen, context):
+                self._measured(chosen, context, "search")
 
     def _stay(self, first: Configuration, at: int) -> None:
         """Measure the proposal, then more of its load group at every context, for at least as long as loading took."""

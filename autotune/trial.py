@@ -7,6 +7,7 @@ this process samples what the operating system (or, on a GPU, the driver) says t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,9 +25,10 @@ from .config import Budget, Configuration, LoadGroup, Outcome, Record, Workload,
 
 STARTUP_S = 300.0
 LOAD_S = 900.0
-STABLE = 0.25  # relative half-width of the interval above which a figure is no figure
-_LIMIT_S = {True: 6.0, False: 20.0}  # seconds of timed rounds: a look while searching, care for baseline and finalists
+STABLE = 0.5  # standard deviation of the rounds' rates, relative to their median, above which a figure is no figure
+_LOOK, _CARE = (2, 6.0), (3, 10.0)  # least rounds and seconds of them: while searching, and for finalists
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
+WORKER = (sys.executable, "-m", "autotune.worker")
 
 Phase = Callable[[str], None]
 _QUALITY = tuple(
@@ -102,7 +104,7 @@ class Witness(threading.Thread):
 class WorkerProcess:
     """A running worker: one request at a time, events read as they come."""
 
-    def __init__(self, device: str, budget_bytes: int | None, log: Path, phase: Phase):
+    def __init__(self, log: Path, phase: Phase):
         self.phase, self.log = phase, log
         to_child, ours_out = os.pipe()
         ours_in, from_child = os.pipe()
@@ -114,7 +116,7 @@ class WorkerProcess:
         }
         with log.open("ab") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "autotune.worker", str(to_child), str(from_child)],
+                [*WORKER, str(to_child), str(from_child)],
                 pass_fds=(to_child, from_child),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
@@ -126,21 +128,33 @@ class WorkerProcess:
         os.close(from_child)
         self._out, self._in, self._buffer = ours_out, ours_in, b""
         self.witness: Witness | None = None
+        self._send("preload", {})  # imports while the parent does something else; `start` waits for it
+
+    def start(self, device: str, budget_bytes: int | None) -> WorkerProcess:
+        """Cap the process on its device and begin to watch it."""
         try:
+            self._answer("preload", STARTUP_S)
             self.hello = self.request("start", STARTUP_S, device=device, budget_bytes=budget_bytes)
         except BaseException:
             self.kill()
             raise
         self.witness = Witness(self.process.pid, self.hello.get("gpu_uuid"))
         self.witness.start()
+        return self
 
     def request(self, op: str, timeout_s: float, **data: Any) -> dict[str, Any]:
         """The worker's answer. Raises WorkerFailed, or OurBug with the worker's traceback."""
-        deadline = time.monotonic() + timeout_s
+        self._send(op, data)
+        return self._answer(op, timeout_s)
+
+    def _send(self, op: str, data: dict[str, Any]) -> None:
         try:
             os.write(self._out, (json.dumps({"op": op, **data}) + "\n").encode())
         except BrokenPipeError:
             raise WorkerFailed("crashed", self._epitaph()) from None
+
+    def _answer(self, op: str, timeout_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
         while True:
             event = self._next(deadline, timeout_s, op)
             match event.pop("event"):
@@ -167,31 +181,30 @@ class WorkerProcess:
         try:
             event = json.loads(line)
         except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
             self.kill()
-            raise WorkerFailed("crashed", f"the worker sent what is not JSON: {line[:80]!r}") from None
-        return event  # type: ignore[no-any-return]
+            raise WorkerFailed("crashed", f"the worker sent what is no event: {line[:80]!r}")
+        return event
 
     def _epitaph(self) -> str:
         """How the process ended, and the last line that it wrote."""
         self.kill()
         code = self.process.returncode
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return f"the worker was {how}" + (f": {lines[-1][:200]}" if lines and code > 0 else "")
+        return f"the worker {how}" + (f": {lines[-1][:200]}" if lines and code > 0 else "")
 
     def kill(self) -> None:
+        if self._out == -1:  # killed before: its number may be another process's by now
+            return
         if self.witness is not None:
             self.witness.stop()
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
-        for descriptor in (self._out, self._in):
-            try:
-                os.close(descriptor)
-            except OSError:
-                pass  # closed before
+        os.close(self._out)
+        os.close(self._in)
         self._out = self._in = -1
 
 
@@ -211,6 +224,7 @@ class Trials:
         self.inputs: Inputs | None = None
         self.loads = 0
         self._worker: WorkerProcess | None = None
+        self._spare: WorkerProcess | None = None
         self._group: LoadGroup | None = None
         self._failed: dict[LoadGroup, WorkerFailed] = {}
         self._quality: dict[tuple[tuple[str, ...], int], dict[str, Any]] = {}
@@ -226,11 +240,23 @@ class Trials:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        if self._spare is not None:
+            self._spare.kill()
 
     def close(self) -> None:
+        """End the worker; the next measurement starts in a fresh process."""
         if self._worker is not None:
             self._worker.kill()
         self._worker = self._group = None
+
+    def _start(self, budget_bytes: int | None) -> WorkerProcess:
+        """A fresh worker. On a GPU machine the one after it imports its libraries meanwhile; a CPU is left in peace."""
+        spawn = self._spare or WorkerProcess(self.folder / "worker.log", self.phase)
+        self._spare = None
+        worker = spawn.start(self.budget.device, budget_bytes)
+        if self.budget.device != "cpu":
+            self._spare = WorkerProcess(self.folder / "worker.log", self.phase)
+        return worker
 
     @property
     def group(self) -> LoadGroup | None:
@@ -239,14 +265,21 @@ class Trials:
 
     def uncapped(self) -> WorkerProcess:
         """A worker that the budget does not bind: for the probe, the inputs and the reference."""
-        return WorkerProcess(self.budget.device, None, self.folder / "worker.log", self.phase)
+        return self._start(None)
 
     def measure(
-        self, configuration: Configuration, context: int, *, timeout_s: float = 600, stage: str = "search", bar: float | None = None
+        self,
+        configuration: Configuration,
+        context: int,
+        *,
+        timeout_s: float = 600,
+        stage: str = "search",
+        bar: float | None = None,
     ) -> Record:
         """One measured (configuration, context). Whatever goes wrong is the record's outcome, but for a bug of ours."""
         assert self.inputs is not None
         began = time.monotonic()
+        rounds, limit_s = _CARE if stage == "final" else _LOOK
         known = self._quality.get((configuration.quality_key, context))
         try:
             worker = self._ready(configuration.load_group)
@@ -260,7 +293,8 @@ class Trials:
                 new_tokens=self.workload.new_tokens,
                 inputs=self.inputs.tokens,
                 reference=self.inputs.references[context] if known is None else None,
-                limit_s=min(_LIMIT_S[stage == "search"], timeout_s / 4),
+                min_rounds=rounds,
+                limit_s=min(limit_s, timeout_s / 4),
                 bar=bar,
             )
         except WorkerFailed as failure:
@@ -291,13 +325,11 @@ class Trials:
         self.close()
         self.loads += 1
         try:
-            self._worker = WorkerProcess(
-                self.budget.device, self.budget.bytes, self.folder / "worker.log", self.phase
-            )
+            self._worker = self._start(self.budget.bytes)
             answer = self._worker.request("load", LOAD_S, model=self.model, group=dataclasses.asdict(group))
         except WorkerFailed as failure:
             self.close()
-            where = WorkerFailed(failure.outcome, f"while loading: {failure.reason}", True)
+            where = WorkerFailed(failure.outcome, f"while loading: {failure.reason}", poisoned=False)
             if failure.outcome != "timeout":
                 self._failed[group] = where
             raise where from failure
@@ -316,7 +348,10 @@ class Trials:
         if ratio is not None and not ratio <= 1 + self.workload.max_quality_loss:
             limit = self.workload.max_quality_loss
             return "quality_loss", f"perplexity is {ratio - 1:+.1%} of the reference's; the limit is {limit:+.1%}"
-        middle, interval = figures["tokens_per_s"], figures["tokens_per_s_interval"]
-        if interval is not None and (interval[1] - interval[0]) / 2 > STABLE * middle:
-            return "unstable", f"{middle:.1f} tokens/s, 95 % interval {interval[0]:.1f} to {interval[1]:.1f}"
+        if figures["spread"] > STABLE:
+            rate = figures["tokens_per_s"]
+            return (
+                "unstable",
+                f"{rate:.1f} tokens/s, but rounds vary by {figures['spread']:.0%}: is something else running?",
+            )
         return "ok", ""

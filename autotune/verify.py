@@ -43,22 +43,25 @@ def verify_policy(path: Path, phase: Callable[[str], None] = lambda text: None) 
     knobs = {field.name for field in dataclasses.fields(Workload)}
     stored = {key: value for key, value in policy.workload.items() if key in knobs}
     workload = Workload(**{**stored, "contexts": tuple(rule.max_context_tokens for rule in policy.rules)})
-    with tempfile.TemporaryDirectory() as scratch:
-        with Trials(str(folder), workload, Budget(policy.budget_bytes, device), Path(scratch), phase) as trials:
-            here = _prepare(trials, policy, workload, Path(scratch))
-            verdicts += [Verdict(f"{key}", True, str(old), str(new)) for key, old, new in _differences(policy, here)]
-            for rule in policy.rules:
-                record = trials.measure(policy.configuration(rule), rule.max_context_tokens, stage="final")
-                verdicts += _rule_verdicts(rule, record, policy.budget_bytes, workload)
+    budget = Budget(policy.budget_bytes, device)
+    with tempfile.TemporaryDirectory() as name, Trials(str(folder), workload, budget, Path(name), phase) as trials:
+        here = _prepare(trials, policy, workload, Path(name))
+        verdicts += [Verdict(f"{key}", True, str(old), str(new)) for key, old, new in _differences(policy, here)]
+        for rule in policy.rules:
+            record = trials.measure(policy.configuration(rule), rule.max_context_tokens, stage="final")
+            verdicts += _rule_verdicts(rule, record, policy.budget_bytes, workload)
     return verdicts
 
 
 def _model_verdicts(policy: Policy, folder: Path) -> list[Verdict]:
     now = fingerprint(folder)
     return [
-        Verdict(name.replace("_", " "), getattr(policy.model, name) == now[name], getattr(policy.model, name)[:12], now[name][:12])
-        for name in ("weights_sha256", "tokenizer_sha256")
-    ]  # fmt: skip
+        Verdict(name.replace("_", " "), promised == now[name], promised[:12], now[name][:12])
+        for name, promised in (
+            ("weights_sha256", policy.model.weights_sha256),
+            ("tokenizer_sha256", policy.model.tokenizer_sha256),
+        )
+    ]
 
 
 def _differences(policy: Policy, here: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -135,6 +138,9 @@ def print_verdicts(verdicts: list[Verdict], as_json: bool) -> None:
     for verdict in verdicts:
         changed = verdict.claim.startswith("environment")
         table.add_row(
-            verdict.claim, "differs" if changed else "holds" if verdict.holds else "FAILS", verdict.promised, verdict.found
+            verdict.claim,
+            "differs" if changed else "holds" if verdict.holds else "FAILS",
+            verdict.promised,
+            verdict.found,
         )
     Console().print(table)

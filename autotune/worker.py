@@ -37,20 +37,29 @@ class Worker:
     def phase(self, text: str) -> None:
         self.say("phase", text=text)
 
-    def start(self, device: str, budget_bytes: int | None, threads: int | None = None) -> dict[str, Any]:
-        self.phase("starting")
-        import torch
+    def preload(self) -> dict[str, Any]:
+        """Import everything, so that libraries count as the process's own and not as one configuration's footprint."""
+        self.phase("importing libraries")
+        import accelerate  # noqa: F401
+        import bitsandbytes  # noqa: F401
+        import optimum.quanto  # noqa: F401
         import transformers
 
-        from . import engine as _engine  # noqa: F401
-        from .measure.memory import Meter
+        from .engine import decode  # noqa: F401
+        from .measure import machine, memory, quality, throughput  # noqa: F401
 
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        if threads:
-            torch.set_num_threads(threads)
-        _import_libraries()
+        return {}
+
+    def start(self, device: str, budget_bytes: int | None) -> dict[str, Any]:
+        import torch
+
+        from .measure.memory import Meter
+
         self.device = device
+        if device != "cpu":
+            self.phase("starting CUDA")
         self.meter = Meter(device, budget_bytes)
         uuid = "" if device == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
         return {"base_bytes": self.meter.base_bytes, "gpu_uuid": f"GPU-{uuid.removeprefix('GPU-')}" if uuid else None}
@@ -137,7 +146,10 @@ class Worker:
         prompts, continuations = windows(inputs, context)
         self.phase(f"scoring the reference at {context} tokens")
         rows = torch.stack(
-            [self._score(prompt, tokens, Configuration()) for prompt, tokens in zip(prompts, continuations, strict=True)]
+            [
+                self._score(prompt, tokens, Configuration())
+                for prompt, tokens in zip(prompts, continuations, strict=True)
+            ]
         )
         kept = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows.float()
         np.save(path, kept.numpy())
@@ -155,6 +167,7 @@ class Worker:
         new_tokens: int,
         inputs: str,
         reference: str | None,
+        min_rounds: int,
         limit_s: float,
         bar: float | None,
     ) -> dict[str, Any]:
@@ -175,6 +188,7 @@ class Worker:
             chosen,
             prompts,
             new_tokens,
+            min_rounds=min_rounds,
             limit_s=limit_s,
             bar=bar,
             on_round=lambda rounds: self.phase(f"timing, round {rounds}"),
@@ -184,7 +198,9 @@ class Worker:
         figures |= {key: max(value or 0, self.load_peaks[key] or 0) or None for key, value in peaks.items()}
         figures["memory"] = self._owners(peaks, generations[-1])
         figures["machine"] = {"before": before, "after": state(self.device)}
-        wrong = self._wrong_output(chosen, context, prompts, new_tokens, [g.tokens for g in generations])
+        checked = len(prompts) if min_rounds > 2 else 1  # a finalist's text is checked for every prompt
+        texts = [generation.tokens for generation in generations]
+        wrong = self._wrong_output(chosen, context, prompts[:checked], new_tokens, texts[:checked])
         if reference is not None:
             self.phase("measuring quality")
             figures |= self._quality(chosen, inputs, context, reference)
@@ -209,6 +225,7 @@ class Worker:
         if allocated is not None and reserved is not None:
             owners["activations"] = max(0, allocated - (held - self.meter.base_bytes))
             owners["slack"] = reserved - allocated
+            owners["base"] = (peak or 0) - reserved  # kernels that were loaded since the start count as well
         else:
             owners["activations"] = max(0, (peak or 0) - held)
         return owners
@@ -235,15 +252,15 @@ class Worker:
     ) -> str:
         """Why the text is not that of plain decoding with the same cache, or nothing (promise 3)."""
         plain = configuration.replace(draft="none", depth=0, launch="eager")
-        if plain.quality_key == configuration.quality_key and configuration in (plain,):
-            key = (plain.cache, plain.prefill_chunk, context, new_tokens)
+        key = (plain.cache, plain.prefill_chunk, context, new_tokens)
+        if configuration == plain or (configuration.depth == 0 and configuration.launch == "eager"):
             self.plain[key] = texts
             return ""
-        key = (plain.cache, plain.prefill_chunk, context, new_tokens)
-        if key not in self.plain:
+        known = self.plain.setdefault(key, [])
+        for prompt in prompts[len(known) :]:
             self.phase("checking the text")
-            self.plain[key] = [self.engine.generate(prompt, plain, new_tokens).tokens for prompt in prompts]
-        for index, (text, expected) in enumerate(zip(texts, self.plain[key], strict=True)):
+            known.append(self.engine.generate(prompt, plain, new_tokens).tokens)
+        for index, (text, expected) in enumerate(zip(texts, known, strict=False)):
             if text == expected:
                 continue
             at = next((i for i, pair in enumerate(zip(text, expected, strict=False)) if pair[0] != pair[1]), None)
@@ -266,14 +283,6 @@ class Worker:
         return (row[expected].float() - row[ours].float()).item(), 8 * spacing
 
 
-def _import_libraries() -> None:
-    """Libraries that some configurations need count as part of the process, not as one configuration's footprint."""
-    import accelerate  # noqa: F401
-    import bitsandbytes  # noqa: F401
-    import optimum.quanto  # noqa: F401
-    from transformers.models.auto import modeling_auto  # noqa: F401
-
-
 def serve(requests: IO[str], events: IO[str]) -> None:
     """Answer requests until the pipe closes."""
     worker = Worker(events)
@@ -289,13 +298,19 @@ def _failure(error: Exception) -> dict[str, Any]:
     import torch
 
     from .engine.load import Unsupported
+    from .measure.inputs import TextTooShort
 
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     trace = "".join(traceback.format_exception(error))
+    if isinstance(error, TextTooShort):
+        return {"outcome": "unsupported", "reason": reason, "poisoned": False}
+    if isinstance(error.__cause__, torch.OutOfMemoryError):  # a step that could not be recorded for want of memory
+        return {"outcome": "out_of_memory", "reason": reason, "poisoned": True}
     if isinstance(error, Unsupported):
         return {"outcome": "unsupported", "reason": reason, "poisoned": bool(getattr(error, "poisons", False))}
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _host_allocation_failed(error):
-        return {"outcome": "out_of_memory", "reason": reason, "poisoned": False}
+        # CUDA's message goes on with advice about the whole device, which is not what is short here
+        return {"outcome": "out_of_memory", "reason": reason.partition(" GPU 0 ")[0], "poisoned": False}
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if raised_in.startswith(_PACKAGE) and not isinstance(error, OSError):
         return {"outcome": "bug", "reason": reason, "trace": trace, "poisoned": True}

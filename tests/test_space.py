@@ -51,12 +51,18 @@ def small_spaces() -> st.SearchStrategy[Space]:
     words: dict[str, list[Any]] = {knob: list(known) for knob, known in KNOBS.items() if known is not None}
     words |= {"draft": ["none", "prompt-lookup", "/a", "/b"], "depth": [1, 2, 5], "prefill_chunk": [0, 512, 2048]}
     some = {k: st.lists(st.sampled_from(words[k]), min_size=1, max_size=2, unique=True).map(tuple) for k in KNOBS}
-    return st.fixed_dictionaries(some).map(lambda choices: Space({knob: choices[knob] for knob in KNOBS}))
+    spaces = st.fixed_dictionaries(some).map(lambda choices: Space({knob: choices[knob] for knob in KNOBS}))
+    # `restrict` takes split_kv out of a space that has no cache for it
+    return spaces.filter(
+        lambda s: "split_kv" not in s.choices["attention"] or set(s.choices["cache"]) & set(CAPTURABLE)
+    )
 
 
 def is_legal(c: Configuration) -> bool:
     speculates = c.draft == "none" or c.depth >= 1
-    captures = c.launch == "eager" or (c.cache in CAPTURABLE and c.weights != "bnb-int8")
+    fixed = c.cache in CAPTURABLE and c.attention in ("eager", "sdpa", "split_kv")
+    captures = c.launch == "eager" or (fixed and "bnb-int8" not in (c.weights, c.draft_weights))
+    captures = captures and (c.attention != "split_kv" or c.cache in CAPTURABLE)
     as_stored = c.weights != "checkpoint" or (c.lm_head, c.embeddings) == ("bf16", "device")
     return speculates and captures and as_stored
 
@@ -66,7 +72,7 @@ def test_every_suggestion_is_legal_and_asks_only_for_what_has_an_effect(space: S
     trial = Choices(data)
     configuration = space.suggest(trial)
     assert is_legal(configuration)
-    assert all(getattr(configuration, knob) == value for knob, value in trial.asked.items())
+    assert all(getattr(configuration, name.partition(" of ")[0]) == value for name, value in trial.asked.items())
     assert ("depth" in trial.asked) <= (configuration.draft != "none")
     assert ("draft_weights" in trial.asked) <= configuration.has_draft_model
 
@@ -218,7 +224,7 @@ def test_what_cannot_run_on_a_cpu_is_dropped_with_its_reason() -> None:
     assert space.choices["embeddings"] == ("device",)
     assert "offloaded" not in space.choices["cache"]
     dropped = {(knob, word): reason for knob, word, reason in space.dropped}
-    assert dropped["launch", "graph"] == "CUDA graphs need an NVIDIA GPU"
+    assert dropped["launch", "graph"] == "it needs an NVIDIA GPU"
     assert dropped["cache", "offloaded"] == dropped["embeddings", "host"] == "the device is the host already"
     assert dropped["cache", "sliding"] == "the model has no sliding-window layers"
     assert dropped["weights", "checkpoint"] == "the checkpoint is not quantized"
@@ -289,3 +295,13 @@ def test_int8_weights_are_never_captured_into_a_graph() -> None:
     space = restricted("wide")
     narrowed = Space({**space.choices, "weights": ("bnb-int8",), "cache": CAPTURABLE, "depth": (4,)})
     assert {c.launch for c in narrowed.configurations()} == {"eager"}
+
+
+@pytest.mark.parametrize("name", BUILT_INS)
+@pytest.mark.parametrize("where", [ON_A_GPU, ON_A_CPU])
+def test_what_is_tried_first_is_legal_and_one_for_each_weights_and_draft(name: str, where: dict[str, Any]) -> None:
+    space = restricted(name, where)
+    first = list(space.seeds())
+    assert all(is_legal(configuration) and space.parameters(configuration) is not None for configuration in first)
+    assert len({(c.weights, c.draft) for c in first}) == len(first)
+    assert len(first) == len(space.choices["weights"]) * len(space.choices["draft"])

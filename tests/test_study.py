@@ -413,7 +413,7 @@ def test_the_baselines_are_in_the_space_of_every_machine(full_precision: str) ->
         device="cpu", full_precision=full_precision, drafts=[], sliding=False, quantized=False, failed={}
     )
     stock = run._stock(full_precision, space)
-    assert [c.weights for c in stock] == [full_precision, "bnb-nf4"]
+    assert [c.weights for c in stock] == [full_precision, "bnb-nf4", "bnb-nf4"]
     assert all(space.parameters(c) is not None for c in stock)
 
 

@@ -1,8 +1,8 @@
 """The one decode loop: prefill in chunks, then plain or speculative decoding, greedy or sampled, on any cache.
 
 Speculative decoding is that of Leviathan et al. (arXiv 2211.17192): a draft proposes `depth` tokens, the target scores
-them in one pass, the longest agreeing prefix is kept and one token of the target's own follows. Greedy output is that of
-the target alone; sampled output has the target's distribution. Prompt lookup drafts the continuation of the latest
+them in one pass, the longest agreeing prefix is kept and one token of the target's own follows. Greedy output is that
+of the target alone; sampled output has the target's distribution. Prompt lookup drafts the continuation of the latest
 earlier occurrence of the last tokens.
 """
 
@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from ..config import Configuration, LoadGroup
-from .cache import make_cache, rollback, room, settle, stored_bytes
+from .cache import stored_bytes
+from .graph import Recordings, check_launch
 from .load import Progress, Unsupported, load_model
+from .runner import Runner
 
 NGRAM = 3  # longest suffix that prompt lookup searches for
 
@@ -58,6 +59,8 @@ class Engine:
 
     def __init__(self, target: PreTrainedModel, draft: PreTrainedModel | None, group: LoadGroup, device: str):
         self.target, self.draft, self.group, self.device = target, draft, group, device
+        self.ahead = device != "cpu"  # launch the step that follows before this one's token is read
+        self._recordings = Recordings()
 
     @classmethod
     def load(cls, folder: str, group: LoadGroup, device: str, progress: Progress = lambda phase: None) -> Engine:
@@ -85,7 +88,7 @@ class Engine:
         configuration: Configuration,
         new_tokens: int,
         *,
-        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        sampling: Sampling = Sampling(),
         stop: Collection[int] = (),
         on_tokens: Callable[[list[int]], None] = lambda tokens: None,
     ) -> Generation:
@@ -93,7 +96,7 @@ class Engine:
         capacity = len(prompt) + new_tokens + configuration.depth + 1
         generator = torch.Generator(self.device).manual_seed(sampling.seed)
         began = time.perf_counter()
-        target = _Runner(self.target, configuration.cache, capacity, self.device, self.group.embeddings)
+        target = self._runner("target", configuration, capacity, (1, configuration.depth + 1))
         drafter = self._drafter(configuration, prompt, capacity)
         logits = target.prefill(prompt, configuration.prefill_chunk)
         first = int(_choose(logits[-1], sampling, generator))
@@ -102,8 +105,13 @@ class Engine:
         now = time.perf_counter()
         result = Generation([first], now - began)
         on_tokens([first])
+        plain = _Plain(target, first, new_tokens, sampling, generator, self.ahead) if drafter is None else None
         while len(result.tokens) < new_tokens and result.tokens[-1] not in stop:
-            tokens = self._step(target, drafter, result, configuration.depth, new_tokens, sampling, generator)
+            if plain is not None:
+                tokens = [plain.next()]
+            else:
+                assert drafter is not None
+                tokens = self._step(target, drafter, result, configuration.depth, new_tokens, sampling, generator)
             stopped = next((i for i, token in enumerate(tokens) if token in stop), None)
             tokens = tokens if stopped is None else tokens[: stopped + 1]
             result.tokens += tokens
@@ -118,35 +126,38 @@ class Engine:
 
     def _step(
         self,
-        target: _Runner,
-        drafter: _ModelDraft | _PromptLookup | None,
+        target: Runner,
+        drafter: _ModelDraft | _PromptLookup,
         result: Generation,
         depth: int,
         new_tokens: int,
         sampling: Sampling,
         generator: torch.Generator,
     ) -> list[int]:
-        """One decode step: the tokens that it adds, at least one."""
+        """One speculative step: the tokens that it adds, at least one."""
         depth = min(depth, target.room - 1, new_tokens - len(result.tokens) - 1)
         pending = torch.tensor([result.tokens[-1]], device=self.device)
-        proposal = drafter.propose(result.tokens, depth, sampling, generator) if drafter and depth > 0 else None
+        proposal = drafter.propose(result.tokens, depth, sampling, generator) if depth > 0 else None
         if proposal is None:
             logits = target.feed(pending)
             token = int(_choose(logits[-1], sampling, generator))
             target.settle()
-            if drafter is not None:
-                drafter.accept(0, 0)
+            drafter.accept(0, 0)
             return [token]
         drafted, draft_probabilities = proposal
         logits = target.feed(torch.cat([pending, drafted]))
         kept, tokens = _verify(logits, drafted, draft_probabilities, sampling, generator)
         target.rollback(len(drafted) - kept)
-        assert drafter is not None
         drafter.accept(len(drafted), kept)
         result.proposed += len(drafted)
         result.accepted += kept
         result.verifications += 1
         return tokens
+
+    def close(self) -> None:
+        """Let go of the caches and graphs that are kept for further requests."""
+        self._recordings.drop("target")
+        self._recordings.drop("draft")
 
     def _drafter(
         self, configuration: Configuration, prompt: list[int], capacity: int
@@ -156,8 +167,19 @@ class Engine:
         if configuration.draft == "prompt-lookup":
             return _PromptLookup(prompt, self.device)
         assert self.draft is not None
-        runner = _Runner(self.draft, configuration.cache, capacity, self.device, "device")
-        return _ModelDraft(runner, configuration.prefill_chunk)
+        return _ModelDraft(self._runner("draft", configuration, capacity, (1, 2)), configuration.prefill_chunk)
+
+    def _runner(self, role: str, configuration: Configuration, capacity: int, sizes: tuple[int, ...]) -> Runner:
+        """A runner for one request of at most `capacity` tokens, whose steps mostly take `sizes` tokens."""
+        model = self.target if role == "target" else self.draft
+        assert model is not None
+        if check_launch(configuration, self.group, self.device):
+            if role == "target" and (configuration.depth == 0 or not configuration.has_draft_model):
+                self._recordings.drop("draft")
+            return self._recordings.runner(role, model, configuration, capacity, sizes, self.device, self.group)
+        self.close()
+        embeddings = self.group.embeddings if role == "target" else "device"
+        return Runner(model, configuration.cache, capacity, self.device, embeddings)
 
     @torch.inference_mode()
     def score(
@@ -168,9 +190,7 @@ class Engine:
         The prompt is prefilled in the configuration's chunks, then the continuation is fed `step` tokens at a time.
         Returns [len(continuation), vocab] on the host, in the model's dtype.
         """
-        target = _Runner(
-            self.target, configuration.cache, len(prompt) + len(continuation), self.device, self.group.embeddings
-        )
+        target = self._runner("target", configuration, len(prompt) + len(continuation), (step,))
         rows = [target.prefill(prompt, configuration.prefill_chunk)[-1:].cpu()]
         for begin in range(0, len(continuation) - 1, step):
             tokens = torch.tensor(continuation[begin : min(begin + step, len(continuation) - 1)], device=self.device)
@@ -186,46 +206,52 @@ def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
         raise Unsupported(f"the draft has a vocabulary of {theirs} tokens, the target of {ours}")
 
 
-class _Runner:
-    """A model and its cache for one request: feeds tokens, returns logits [tokens, vocab]."""
+class _Plain:
+    """Decoding without speculation, a token at a time.
 
-    def __init__(self, model: PreTrainedModel, cache: str, capacity: int, device: str, embeddings: str):
-        self.model, self.device = model, device
-        self.cache: Cache = make_cache(cache, model.config, capacity, device)
-        self.host_embeddings = model.get_input_embeddings() if embeddings == "host" and device != "cpu" else None
+    With `ahead`, the step that follows is launched before this one's token is read, so that a GPU never waits for the
+    host; the last of them is in vain where a text ends early.
+    """
 
-    @property
-    def room(self) -> int:
-        return room(self.cache)
+    def __init__(
+        self,
+        target: Runner,
+        first: int,
+        new_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+        ahead: bool,
+    ) -> None:
+        self.target, self.sampling, self.generator, self.ahead = target, sampling, generator, ahead
+        self.newest = torch.tensor([first], device=target.device)
+        self.left = new_tokens - 1  # steps that may still be launched
+        self.waiting: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
 
-    def feed(self, tokens: torch.Tensor, keep: int = 0) -> torch.Tensor:
-        """The logits after each of `tokens` ([n], on the device), or after the last `keep` of them."""
-        inputs = {"input_ids": tokens[None]}
-        if self.host_embeddings is not None:
-            inputs = {"inputs_embeds": self.host_embeddings(tokens.cpu())[None].to(self.device)}
-        output = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
-        return output.logits[0]  # type: ignore[no-any-return]
+    def next(self) -> int:
+        while self.left and len(self.waiting) < 1 + self.ahead:
+            self._launch()
+        token, ready = self.waiting.pop(0)
+        if ready is not None:
+            ready.synchronize()
+        return int(token)
 
-    def prefill(self, prompt: list[int], chunk: int) -> torch.Tensor:
-        """Feed the prompt in chunks; only the last position's logits are ever computed."""
-        tokens = torch.tensor(prompt, device=self.device)
-        for part in tokens.split(chunk or len(prompt)):
-            logits = self.feed(part, keep=1)
-            self.settle()
-        return logits
-
-    def settle(self) -> None:
-        settle(self.cache)
-
-    def rollback(self, tokens: int) -> None:
-        rollback(self.cache, tokens)
-        settle(self.cache)
+    def _launch(self) -> None:
+        logits = self.target.feed(self.newest)
+        self.newest = _choose(logits[-1], self.sampling, self.generator)[None]
+        self.target.settle()
+        self.left -= 1
+        ready = None
+        token = self.newest.to("cpu", non_blocking=True)
+        if self.newest.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        self.waiting.append((token, ready))
 
 
 class _ModelDraft:
     """A draft model with a cache of its own. `unseen` are accepted tokens that its cache does not hold yet."""
 
-    def __init__(self, runner: _Runner, chunk: int):
+    def __init__(self, runner: Runner, chunk: int):
         self.runner, self.chunk = runner, chunk
         self.seen = 0  # accepted tokens of the result that are in the cache
 

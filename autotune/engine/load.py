@@ -7,7 +7,9 @@ quantized (GPTQ, AWQ, ...) go through transformers' own loader.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .linear import Int4Linear, Merged, Slice, concatenated, fits_int4, siblings
 
 Progress = Callable[[str], None]
 
@@ -44,11 +48,15 @@ def load_model(
     attention: str = "sdpa",
     device: str = "cpu",
     progress: Progress = lambda phase: None,
+    merge: bool | None = None,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode on `device`, its linear layers stored as `weights` says.
 
+    With `merge` (the default on a GPU), projections that read the same input become one product.
     Raises Unsupported for a combination that this model or machine cannot run.
     """
+    if attention == "split_kv":
+        register_split_kv(device)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     dtype = compute_dtype(weights, device)
     if weights == "checkpoint":
@@ -60,27 +68,35 @@ def load_model(
     output = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
-    for name, module in list(model.named_modules()):
+    groups = siblings(model) if (device != "cpu" if merge is None else merge) and weights in _MERGED else {}
+    modules = list(model.named_modules())
+    shared = tied and lm_head in ("bf16", "fp32") and embeddings == "device"
+    if output is not None and not shared:
+        # first, while the device is empty: it is the largest matrix, and quantizing it takes it whole
+        name = _name_of(model, output)
+        _place(output, _name_of(model, embedding) if tied else name, tensors, dtype, device)
+        _replace(model, name, quantize_linear(output, _HEAD_WORDS[lm_head], device))
+        _trim(device)
+    for name, module in modules:
         if module is output:
             continue
-        target = "cpu" if module is embedding and embeddings == "host" else device
-        _place(module, name, tensors, dtype, target)
-        if type(module) is nn.Linear:
+        on_host = (module is embedding and embeddings == "host") or name in groups
+        _place(module, name, tensors, dtype, "cpu" if on_host else device)
+        if name in groups:
+            if name == groups[name][-1]:
+                _merge(model, groups[name], weights, device)
+        elif type(module) is nn.Linear:
             _replace(model, name, quantize_linear(module, weights, device))
-    if output is not None:
-        name = next(name for name, module in model.named_modules() if module is output)
-        if tied and lm_head in ("bf16", "fp32") and embeddings == "device":
-            output.weight = embedding.weight
-        else:
-            source = "weight" if tied else None
-            _place(output, _name_of(model, embedding) if source else name, tensors, dtype, device)
-        _replace(model, name, quantize_linear(output, _HEAD_WORDS[lm_head], device))
+            _trim(device)
+    if output is not None and shared:
+        output.weight = embedding.weight
     leftovers = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if leftovers:
         raise Unsupported(f"the checkpoint has no tensor for {leftovers[0]} ({len(leftovers)} missing in all)")
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
+_MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4")  # those with products of their own for few tokens
 _HEAD_WORDS = {"bf16": "bf16", "fp32": "fp32", "int8": "quanto-int8", "nf4": "bnb-nf4"}
 
 
@@ -91,6 +107,10 @@ def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
     assert isinstance(linear, nn.Linear)
     if word.startswith("bnb"):
         return _bitsandbytes_linear(linear, word, device)
+    if word == "quanto-int4" and fits_int4(linear):
+        packed = Int4Linear(linear)
+        linear.weight = None  # type: ignore[assignment] # who still holds the layer must not hold its weight
+        return packed
     from optimum.quanto import QLinear, qint4, qint8
 
     quantized = QLinear.from_module(linear, weights=qint8 if word == "quanto-int8" else qint4)
@@ -100,18 +120,34 @@ def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
     return quantized  # type: ignore[no-any-return]
 
 
-def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module:
-    import bitsandbytes as bnb
+def _merge(model: nn.Module, names: tuple[str, ...], weights: str, device: str) -> None:
+    """Put one product in the place of several layers, whose weights are in host memory."""
+    layers = [model.get_submodule(name) for name in names]
+    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    whole = quantize_linear(concatenated(linears, device), weights, device)
+    for linear in linears:
+        linear.weight = None  # type: ignore[assignment]
+    merged = Merged(whole, [linear.out_features for linear in linears])
+    for index, name in enumerate(names):
+        _replace(model, name, Slice(merged, index))
 
+
+def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module:
+    from importlib import import_module
+
+    layers: Any = import_module("bitsandbytes.nn")  # its exports and constructors are typed in part
+    layer: Any
     weight, bias = linear.weight.data, linear.bias
     linear.weight = None  # type: ignore[assignment]
     if word == "bnb-int8":
-        layer = bnb.nn.Linear8bitLt(
+        layer = layers.Linear8bitLt(
             linear.in_features, linear.out_features, bias is not None, has_fp16_weights=False, device="meta"
         )
-        layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+        layer.weight = layers.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     else:
-        layer = bnb.nn.Linear4bit(
+        if device == "cpu" and linear.in_features % 64:  # there its kernels give rows the scales of their neighbours
+            raise Unsupported(f"{word} on a CPU needs layers whose input is a multiple of 64, not {linear.in_features}")
+        layer = layers.Linear4bit(
             linear.in_features,
             linear.out_features,
             bias is not None,
@@ -120,11 +156,24 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
             quant_type=word.removeprefix("bnb-"),
             device="meta",
         )
-        layer.weight = bnb.nn.Params4bit(
+        layer.weight = layers.Params4bit(
             weight, requires_grad=False, compress_statistics=True, quant_type=word.removeprefix("bnb-"), module=layer
         ).to(device)
+        if linear.out_features % 32:  # its packing for AVX-512 asserts that there is no remainder
+            layer.support_avx512bf16_for_cpu = False
     layer.bias = bias
     return layer  # type: ignore[no-any-return]
+
+
+def register_split_kv(device: str) -> None:
+    """Raises Unsupported where Triton's kernels cannot run."""
+    if device == "cpu":
+        raise Unsupported("attention = split_kv needs a GPU")
+    try:
+        from .attention import register
+    except ImportError as error:
+        raise Unsupported(f"attention = split_kv needs Triton: {error}") from error
+    register()
 
 
 def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -172,11 +221,18 @@ class _Tensors:
         self._converted: dict[str, torch.Tensor] = {}
         missing = {name for name, _ in model.named_parameters()} - set(self._names)
         if not all(name in model.all_tied_weights_keys for name in missing):
-            whole, report = AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
             )
+            whole, report = loaded
             if report["missing_keys"]:
                 raise Unsupported(f"the checkpoint has no tensor for {min(report['missing_keys'])}")
+            for name, stored, wanted_shape in sorted(report["mismatched_keys"]):
+                raise Unsupported(f"{name} has shape {tuple(stored)}, the config says {tuple(wanted_shape)}")
             self._converted = whole.state_dict()
 
     def get(self, name: str) -> torch.Tensor | None:
@@ -229,7 +285,15 @@ def _place(module: nn.Module, name: str, tensors: _Tensors, dtype: torch.dtype, 
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
+
+
+def _trim(device: str) -> None:
+    """On a CPU the holes that quantizing leaves in the heap would count as the process's memory: give them back."""
+    if device == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
+        if trim is not None:
+            trim(0)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The real text that is measured on: prompts to continue and windows to score, at the true length, kept as token ids."""
+"""The real text that is measured on: prompts to continue and windows to score, at the true length, as token ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-PROMPTS = 3  # prompts per context
+PROMPTS = 2  # prompts per context
 SCORED = 128  # tokens scored after each window's context
 
 
@@ -17,9 +17,7 @@ class TextTooShort(ValueError):
     """The evaluation text or the prompts do not fill the longest context."""
 
 
-def prepare(
-    model: str, text: str, prompts: str | None, contexts: list[int], windows: int, path: str
-) -> dict[str, Any]:
+def prepare(model: str, text: str, prompts: str | None, contexts: list[int], windows: int, path: str) -> dict[str, Any]:
     """Tokenize the text file and cut prompts and windows for every context, spread over the whole text.
 
     Writes an .npz at `path` with `prompts_N` [PROMPTS, N] and `windows_N` [windows, N + SCORED] int32. A context that
@@ -37,16 +35,22 @@ def prepare(
     arrays: dict[str, np.ndarray] = {}
     for context in contexts:
         # prompts start half a window before the windows' starts, so that no prompt is also scored from its start
-        arrays[f"windows_{context}"] = _cut(tokens, context + SCORED, windows, "text")
-        arrays[f"prompts_{context}"] = _cut(asked, context, PROMPTS, "prompts" if prompts else "text")
+        arrays[f"windows_{context}"] = _cut(tokens, context + SCORED, windows, "--text")
+        arrays[f"prompts_{context}"] = _cut(asked, context, PROMPTS, "--prompts" if prompts else "--text")
     np.savez(path, **arrays)  # type: ignore[arg-type]
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-    return {"text_tokens": len(tokens), "text_sha256": hashlib.sha256(body.encode()).hexdigest(), "tokens_sha256": digest}
+    return {
+        "text_tokens": len(tokens),
+        "text_sha256": hashlib.sha256(body.encode()).hexdigest(),
+        "tokens_sha256": digest,
+    }
 
 
-def _cut(tokens: np.ndarray, length: int, count: int, name: str) -> np.ndarray:
+def _cut(tokens: np.ndarray, length: int, count: int, flag: str) -> np.ndarray:
     if len(tokens) < length:
-        raise TextTooShort(f"the {name} holds {len(tokens)} tokens; {length} are needed for the longest context")
+        raise TextTooShort(
+            f"{flag} holds {len(tokens)} tokens and {length} are needed: give a longer file, or shorter --contexts"
+        )
     starts = np.linspace(0, len(tokens) - length, count + 2)[1:-1].astype(int)
     return np.stack([tokens[start : start + length] for start in starts])
 

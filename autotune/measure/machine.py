@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engine.load import Unsupported, compute_dtype, full_precision, quantize_linear
+from ..engine.load import Unsupported, compute_dtype, full_precision, quantize_linear, register_split_kv
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def state(device: str) -> dict[str, Any]:
 
 
 def probe(words: dict[str, list[str]], device: str, phase: Callable[[str], None]) -> dict[str, dict[str, str]]:
-    """For `weights` and `attention` words: those that cannot run here, with the reason. Compiles what must be compiled."""
+    """For `weights` and `attention` words: those that cannot run here, with the reason. Compiles what it must."""
     failed: dict[str, dict[str, str]] = {}
     for knob, check in (("weights", _run_weights), ("attention", _run_attention)):
         for word in words.get(knob, []):
@@ -109,6 +109,8 @@ def _run_weights(word: str, device: str) -> None:
 
 
 def _run_attention(word: str, device: str) -> None:
+    if word == "split_kv":
+        return register_split_kv(device)
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(

@@ -16,6 +16,7 @@ import gc
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,10 @@ class Meter:
         libc.mallopt(_M_MMAP_THRESHOLD, 4 * MIB)
         libc.mallopt(_M_TRIM_THRESHOLD, 16 * MIB)
         self.load_peak = 0
+        # One core is left to everything else: with every core in use, each step waits for the slowest thread, and a
+        # machine that does anything besides decodes ten times slower.
+        if not self.is_cuda:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
         if self.is_cuda:
             torch.zeros(1, device=device)  # creates the CUDA context
             torch.cuda.synchronize(device)
@@ -113,7 +118,11 @@ def module_bytes(module: nn.Module | None) -> int:
     if module is None:
         return 0
     storages: dict[int, int] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
+    int8: list[Any] = [
+        part.state for part in module.modules() if hasattr(part, "state")
+    ]  # has the scales after the first pass
+    scales = [state.SCB for state in int8 if isinstance(getattr(state, "SCB", None), torch.Tensor)]
+    for tensor in [*module.parameters(), *module.buffers(), *scales]:
         for part in _parts(tensor):
             storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
     return sum(storages.values())

@@ -16,7 +16,6 @@ from typing import Any
 from ..config import Configuration
 from ..engine.decode import Engine, Generation
 
-MIN_ROUNDS = 3
 MAX_ROUNDS = 8
 GOAL = 0.03  # relative half-width of the 95 % interval at which rounds end
 HOPELESS = 0.75  # share of the best known rate below which one round is enough
@@ -30,6 +29,7 @@ def measure_throughput(
     prompts: list[list[int]],
     new_tokens: int,
     *,
+    min_rounds: int,
     limit_s: float,
     bar: float | None = None,
     on_round: Callable[[int], None] = lambda rounds: None,
@@ -49,7 +49,7 @@ def measure_throughput(
         now = time.perf_counter()
         if bar is not None and _rate(samples, "tokens_per_s") < HOPELESS * bar:
             break
-        if done >= MIN_ROUNDS:
+        if done >= min_rounds:
             _, low, high = rate_interval(samples, "tokens_per_s")
             middle = (low + high) / 2
             if (high - low) / 2 <= GOAL * middle or now - began + (now - round_began) > limit_s:
@@ -63,6 +63,8 @@ def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
     for name in ("tokens_per_s", "decode_tokens_per_s", "ttft_s"):
         figures[name], low, high = rate_interval(samples, name)
         figures[f"{name}_interval"] = (low, high) if math.isfinite(high) else None
+    rates = _rounds(samples, "tokens_per_s")
+    figures["spread"] = statistics.stdev(rates) / statistics.median(rates) if len(rates) > 1 else 0.0
     proposed = sum(sample["proposed"] for sample in samples)
     verifications = sum(sample["verifications"] for sample in samples)
     if proposed:

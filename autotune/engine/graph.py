@@ -1,0 +1,193 @@
+"""Recorded steps: a decode step is launched as one CUDA graph instead of thousands of kernels.
+
+Decoding one token at batch 1 takes a GPU a few milliseconds; launching its kernels one by one takes the host 30. So the
+step is recorded once for each number of tokens that it takes, and replayed: its inputs lie in fixed buffers, the cache
+is preallocated, and its lengths are tensors that are set before each replay. The host remains the one that counts: it
+checks that the tokens fit before they are launched, since a write past the end would poison the process.
+
+Steps are recorded when they are first needed. They belong to one cache, so both are kept for the requests that follow
+with the same cache word and about the same length. Prompts are still fed eagerly, into the same cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import Configuration, LoadGroup
+from .cache import WINDOW, Lengths, advance, layers, lengths_on_device, restart, room, stored_tokens
+from .load import Unsupported
+from .runner import Runner
+
+DEVICES = ("cuda",)  # where steps can be recorded; the tests add "cpu", where a replay just runs the step
+ATTENTIONS = ("eager", "sdpa", "split_kv")  # those that can mask, or know, what a fixed cache does not hold
+LONGEST = WINDOW  # tokens of the longest step that is recorded
+
+
+class CaptureFailed(Unsupported):
+    """A step could not be recorded. The process must be replaced: the device's state is undefined after this."""
+
+    poisons = True
+
+
+def check_launch(configuration: Configuration, group: LoadGroup, device: str) -> bool:
+    """Whether decode steps go through fixed buffers and lengths on the device. Raises Unsupported."""
+    recorded = configuration.launch != "eager"
+    if not recorded and group.attention != "split_kv":
+        return False
+    word = f"launch = {configuration.launch}" if recorded else "attention = split_kv"
+    if device.partition(":")[0] not in DEVICES:
+        raise Unsupported(f"{word} needs a GPU")
+    if configuration.cache != "static" and not configuration.cache.startswith("quantized-"):
+        raise Unsupported(f"{word} needs a cache of fixed shape (static or quantized-*), not {configuration.cache}")
+    if group.attention not in ATTENTIONS:
+        raise Unsupported(f"{word} works with attention = {', '.join(ATTENTIONS)}, not {group.attention}")
+    if recorded and "bnb-int8" in (group.weights, group.draft_weights):
+        raise Unsupported(f"{word} cannot record bnb-int8 products: they wait for the host")
+    return True
+
+
+def bucket(tokens: int) -> int:
+    """The capacity that a cache for `tokens` tokens is given, so that similar requests share their recorded steps."""
+    size = 256 if tokens <= 4096 else 1024
+    return -(-tokens // size) * size
+
+
+@dataclass
+class Recordings:
+    """What an engine keeps between requests: at most one runner for its target and one for its draft."""
+
+    kept: dict[str, StepRunner] = field(default_factory=dict)
+
+    def runner(
+        self,
+        role: str,
+        model: PreTrainedModel,
+        configuration: Configuration,
+        capacity: int,
+        sizes: tuple[int, ...],
+        device: str,
+        group: LoadGroup,
+    ) -> StepRunner:
+        """The runner for a request of at most `capacity` tokens, whose steps mostly take `sizes` tokens."""
+        key = (configuration.cache, configuration.launch, group.attention, bucket(capacity))
+        kept = self.kept.get(role)
+        if kept is None or kept.key != key:
+            self.drop(role)
+            kept = StepRunner(model, key, device, group.embeddings if role == "target" else "device")
+            self.kept[role] = kept
+        kept.start(sizes)
+        return kept
+
+    def drop(self, role: str) -> None:
+        kept = self.kept.pop(role, None)
+        if kept is not None:
+            kept.close()
+
+
+@dataclass(frozen=True)
+class _Step:
+    inputs: torch.Tensor  # token ids [1, n], or their embeddings [1, n, hidden]
+    replay: Callable[[], torch.Tensor]  # returns logits [n, vocab], overwritten by the next replay
+
+
+class StepRunner(Runner):
+    """A runner whose short steps are replayed; longer ones, such as the prompt, run eagerly."""
+
+    def __init__(self, model: PreTrainedModel, key: tuple[str, str, str, int], device: str, embeddings: str) -> None:
+        """`key` is the words for cache, launch and attention, and the capacity."""
+        cache, self.launch, self.attention, capacity = self.key = key
+        super().__init__(model, cache, capacity, device, embeddings, spare=LONGEST)
+        # One memory pool for all its graphs, which never run at the same time; it ends with the last of them.
+        self.pool: Any = None if device == "cpu" else torch.cuda.graph_pool_handle()
+        tokens, stored = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        self.lengths = Lengths(tokens, stored, read=self.attention != "split_kv")
+        self.steps: dict[int, _Step] = {}
+        self.sizes: tuple[int, ...] = ()
+        self._bind(self.cache)
+
+    def _bind(self, cache: Any) -> None:
+        if self.attention == "split_kv":
+            from .attention import bind
+
+            bind(self.model, cache)
+
+    def start(self, sizes: tuple[int, ...]) -> None:
+        """Begin a request: an empty cache, and steps of `sizes` tokens to which shorter ones are padded."""
+        restart(self.cache)
+        self.sizes = sizes
+
+    def close(self) -> None:
+        self.steps.clear()
+        self._bind(None)
+
+    def feed(self, tokens: torch.Tensor, keep: int = 0) -> torch.Tensor:
+        """As Runner's; the logits lie in a buffer that the next step of the same size overwrites."""
+        count, held = len(tokens), layers(self.cache)[0].tokens()
+        if held + count > self.capacity:
+            raise ValueError(f"{held + count} tokens do not fit a cache of {self.capacity}")
+        size = min((size for size in self.sizes if size >= count), default=count)
+        if size > LONGEST or count > room(self.cache):
+            return self._forward(tokens, keep)
+        self.lengths.tokens.fill_(held)
+        self.lengths.stored.fill_(stored_tokens(self.cache))
+        if size not in self.steps:
+            self.steps[size] = self._record(size)
+        step = self.steps[size]
+        source = tokens if self.host_embeddings is None else self.host_embeddings(tokens.cpu())
+        step.inputs[0, :count].copy_(source, non_blocking=True)
+        logits = step.replay()
+        advance(self.cache, count)
+        return logits[count - keep if keep else 0 : count]
+
+    def _record(self, size: int) -> _Step:
+        if self.host_embeddings is None:
+            inputs = torch.zeros((1, size), dtype=torch.int64, device=self.device)
+        else:
+            width = self.model.config.get_text_config(decoder=True).hidden_size
+            inputs = torch.zeros((1, size, width), dtype=self.model.dtype, device=self.device)
+        name = "input_ids" if self.host_embeddings is None else "inputs_embeds"
+        forward = torch.compile(self.model.forward, dynamic=False) if self.launch == "compile" else self.model.forward
+
+        def run() -> torch.Tensor:
+            with lengths_on_device(self.cache, self.lengths):
+                output = forward(**{name: inputs}, past_key_values=self.cache, use_cache=True)
+            return output.logits[0]  # type: ignore[no-any-return]
+
+        if self.launch == "eager" or self.device == "cpu":
+            return _Step(inputs, run)
+        self._warm_up(run)
+        return _Step(inputs, self._capture(run))
+
+    def _warm_up(self, run: Callable[[], torch.Tensor]) -> None:
+        """Run the step where it will run again, so that whatever is made on first use exists before the recording."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream), torch._dynamo.config.patch(recompile_limit=64):
+                for _ in range(2):
+                    run()
+        except TorchDynamoException as error:
+            raise Unsupported(f"launch = compile: {str(error).strip().splitlines()[0]}") from error
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads may use the device meanwhile, to measure it
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                logits = run()
+        except RuntimeError as error:
+            raise CaptureFailed(f"the step could not be recorded: {str(error).strip().splitlines()[0]}") from error
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return logits
+
+        return replay

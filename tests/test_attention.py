@@ -1,0 +1,102 @@
+# ruff: noqa: E402 - the interpreter must be asked for before the kernels are defined
+"""The split-KV kernel against the dequantizing path, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from test_graph import PROMPT, make_model
+
+from autotune.config import Configuration, LoadGroup
+from autotune.engine import attention, graph
+from autotune.engine.cache import Lengths, make_cache, settle, stored_tokens
+from autotune.engine.decode import Engine
+from autotune.engine.load import Unsupported, load_model
+
+CACHES = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8")
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setattr(attention, "PROGRAMS", 6)
+
+
+def one_layer(cache: str, capacity: int) -> Any:
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(num_hidden_layers=1))
+    return make_cache(cache, config, capacity, DEVICE, spare=32)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "held", "count", "window"),
+    [
+        (8, 2, 64, 300, 1, None),  # grouped queries
+        (4, 4, 32, 129, 5, None),  # several tokens, causal among themselves
+        (8, 2, 24, 300, 3, 100),  # a size that is no power of two, and a sliding window
+        (8, 2, 128, 20, 8, None),  # nothing is in groups yet
+    ],
+)
+def test_the_kernel_reads_what_the_cache_would_dequantize(
+    cache: str, heads: int, kv_heads: int, dim: int, held: int, count: int, window: int | None
+) -> None:
+    torch.manual_seed(0)
+    whole = one_layer(cache, 512)
+    layer = whole.layers[0]
+    keys, values = torch.randn(2, 1, kv_heads, held + count, dim, device=DEVICE)
+    layer.update(keys[:, :, :held], values[:, :, :held])
+    settle(whole)
+    layer.lengths = Lengths(
+        torch.tensor([held], device=DEVICE), torch.tensor([stored_tokens(whole)], device=DEVICE), read=True
+    )
+    read_keys, read_values = layer.update(keys[:, :, held:], values[:, :, held:])
+    query = torch.randn(1, count, heads, dim, device=DEVICE).transpose(1, 2)
+    position = held + torch.arange(count, device=DEVICE)[:, None]
+    slot = torch.arange(read_keys.shape[2], device=DEVICE)[None]
+    mask = (slot <= position) & (slot > position - (window or 10**6))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        read_keys.repeat_interleave(heads // kv_heads, 1),
+        read_values.repeat_interleave(heads // kv_heads, 1),
+        attn_mask=mask,
+    )
+    got = attention.decode_attention(query, layer, window=window)
+    torch.testing.assert_close(got, expected.transpose(1, 2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("launch", ["eager", "graph"])
+@pytest.mark.parametrize("cache", ["static", "quantized-4"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_decoding_with_the_kernel_gives_the_text_of_sdpa(
+    monkeypatch: pytest.MonkeyPatch, name: str, cache: str, launch: str
+) -> None:
+    monkeypatch.setattr(graph, "DEVICES", (DEVICE,))
+    new_tokens = 6 if DEVICE == "cpu" else 130
+    configuration = Configuration(cache=cache)
+    reference = make_model(name).to(DEVICE)
+    expected = Engine(reference, None, LoadGroup(), DEVICE).generate(PROMPT, configuration, new_tokens).tokens
+    attention.register()
+    model = make_model(name, "split_kv").to(DEVICE)
+    draft = make_model(name, "split_kv", seed=1).to(DEVICE)
+    engine = Engine(model, draft, LoadGroup(attention="split_kv"), DEVICE)
+    split = configuration.replace(attention="split_kv", launch=launch)
+    assert engine.generate(PROMPT, split, new_tokens).tokens == expected
+    speculative = split.replace(draft="draft", depth=2)
+    assert engine.generate(PROMPT, speculative, 4).tokens == expected[:4]
+    with pytest.raises(Unsupported, match="fixed shape"):
+        engine.generate(PROMPT, split.replace(cache="dynamic"), 2)
+
+
+def test_without_a_gpu_the_kernel_is_unsupported(tmp_path: Any) -> None:
+    with pytest.raises(Unsupported, match="split_kv needs a GPU"):
+        load_model(tmp_path, attention="split_kv", device="cpu")

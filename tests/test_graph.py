@@ -1,0 +1,200 @@
+"""Recorded steps without a GPU: where nothing can be recorded, a replay runs the same step on the same buffers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
+
+from autotune.config import Configuration, LoadGroup
+from autotune.engine import graph
+from autotune.engine.decode import Engine, Sampling
+from autotune.engine.load import Unsupported
+
+VOCABULARY = 60
+CACHES = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8")
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
+    "gpt-neox": GPTNeoXConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=40),
+}
+PROMPT = torch.randint(VOCABULARY, (90,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(autouse=True)
+def _record_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "DEVICES", ("cpu",))
+
+
+def make_model(name: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32, attn_implementation=attention)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # so that greedy texts do not settle on one token
+    return model.eval().requires_grad_(False)
+
+
+def make_engine(name: str = "llama", attention: str = "sdpa", ahead: bool = False) -> Engine:
+    target = make_model(name, attention)
+    draft = make_model(name, attention)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    engine = Engine(target, draft, LoadGroup(draft="draft", attention=attention), "cpu")
+    engine.ahead = ahead
+    return engine
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recorded_steps_give_the_eager_text(name: str, cache: str) -> None:
+    engine = make_engine(name, ahead=True)
+    eager = Configuration(cache=cache, prefill_chunk=32)
+    expected = engine.generate(PROMPT, eager, 130).tokens
+    assert len(set(expected)) > 5
+    assert engine.generate(PROMPT, eager.replace(launch="graph"), 130).tokens == expected
+
+
+@pytest.mark.parametrize("draft", ["draft", "prompt-lookup"])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_speculation_in_recorded_steps_gives_the_eager_text(name: str, cache: str, draft: str) -> None:
+    engine = make_engine(name)
+    plain = Configuration(cache=cache)
+    expected = engine.generate(PROMPT, plain, 130).tokens
+    result = engine.generate(PROMPT, plain.replace(draft=draft, depth=4, launch="graph"), 130)
+    assert result.tokens == expected
+    assert result.verifications > 0
+    if draft == "draft":
+        assert result.accepted > 0
+
+
+@pytest.mark.parametrize("cache", ["static", "quantized-4"])
+def test_eager_attention_is_masked_in_recorded_steps(cache: str) -> None:
+    engine = make_engine(attention="eager")
+    configuration = Configuration(cache=cache, attention="eager")
+    expected = engine.generate(PROMPT, configuration, 40).tokens
+    assert engine.generate(PROMPT, configuration.replace(launch="graph"), 40).tokens == expected
+
+
+def test_sampling_draws_the_same_tokens() -> None:
+    engine = make_engine(ahead=True)
+    configuration = Configuration(cache="static")
+    sampling = Sampling(temperature=1.0, seed=3)
+    expected = engine.generate(PROMPT, configuration, 40, sampling=sampling).tokens
+    assert engine.generate(PROMPT, configuration.replace(launch="graph"), 40, sampling=sampling).tokens == expected
+
+
+def test_a_text_that_stops_early_leaves_no_trace() -> None:
+    engine = make_engine(ahead=True)
+    configuration = Configuration(cache="quantized-4", launch="graph")
+    whole = engine.generate(PROMPT, configuration, 100).tokens
+    stop = whole[30]
+    stopped = engine.generate(PROMPT, configuration, 100, stop=[stop]).tokens
+    assert stopped == whole[: whole.index(stop) + 1]
+    assert engine.generate(PROMPT, configuration, 100).tokens == whole
+
+
+def test_recordings_serve_the_requests_of_one_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[int] = []
+    record = graph.StepRunner._record
+
+    def counted(self: graph.StepRunner, size: int) -> graph._Step:
+        recorded.append(size)
+        return record(self, size)
+
+    monkeypatch.setattr(graph.StepRunner, "_record", counted)
+    engine = make_engine()
+    configuration = Configuration(cache="static", draft="draft", depth=4, launch="graph")
+    first = engine.generate(PROMPT, configuration, 60).tokens
+    assert {1, 5} <= set(recorded) <= {1, 2, 5}  # the draft's single step and catch-up, and the verification
+    recorded.clear()
+    assert engine.generate(PROMPT, configuration, 60).tokens == first
+    assert engine.generate(PROMPT[:50], configuration, 20).tokens != first
+    assert not recorded
+    engine.generate(PROMPT * 4, configuration, 20)  # another bucket
+    assert recorded
+
+
+def test_only_one_cache_is_kept_for_a_model() -> None:
+    engine = make_engine()
+    for cache in ("static", "quantized-4"):
+        engine.generate(PROMPT, Configuration(cache=cache, draft="draft", depth=3, launch="graph"), 8)
+        assert {runner.key[0] for runner in engine._recordings.kept.values()} == {cache}
+    engine.generate(PROMPT, Configuration(cache="static", launch="graph"), 8)
+    assert set(engine._recordings.kept) == {"target"}
+    engine.generate(PROMPT, Configuration(), 8)
+    assert not engine._recordings.kept
+
+
+@pytest.mark.parametrize("cache", ["static", "quantized-4"])
+@pytest.mark.parametrize("step", [1, 7, 40])
+def test_scores_are_the_eager_ones(cache: str, step: int) -> None:
+    engine = make_engine()
+    configuration = Configuration(cache=cache, prefill_chunk=32)
+    expected = engine.score(PROMPT, PROMPT * 2, configuration, step)
+    recorded = engine.score(PROMPT, PROMPT * 2, configuration.replace(launch="graph"), step)
+    torch.testing.assert_close(recorded, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_past_the_end_is_refused_before_it_is_launched() -> None:
+    model = make_model("llama")
+    runner = graph.StepRunner(model, ("static", "graph", "sdpa", 256), "cpu", "device")
+    runner.start((1,))
+    with torch.inference_mode():
+        runner.prefill(PROMPT * 2 + PROMPT[:76], 0)
+        with pytest.raises(ValueError, match="257 tokens do not fit a cache of 256"):
+            runner.feed(torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("configuration", "group", "reason"),
+    [
+        (Configuration(cache="dynamic"), LoadGroup(), "fixed shape"),
+        (Configuration(cache="offloaded"), LoadGroup(), "fixed shape"),
+        (Configuration(cache="sliding"), LoadGroup(), "fixed shape"),
+        (Configuration(cache="static"), LoadGroup(weights="bnb-int8"), "bnb-int8"),
+        (Configuration(cache="static"), LoadGroup(attention="flash_attention_2"), "flash_attention_2"),
+    ],
+)
+def test_what_cannot_be_recorded_is_unsupported(configuration: Configuration, group: LoadGroup, reason: str) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        graph.check_launch(configuration.replace(launch="graph"), group, "cpu")
+
+
+@pytest.mark.parametrize("launch", ["graph", "compile"])
+def test_recording_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, launch: str) -> None:
+    monkeypatch.setattr(graph, "DEVICES", ("cuda",))
+    with pytest.raises(Unsupported, match=f"launch = {launch} needs a GPU"):
+        make_engine().generate(PROMPT, Configuration(cache="static", launch=launch), 4)
+
+
+@pytest.fixture
+def gpu_engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    monkeypatch.setattr(graph, "DEVICES", ("cuda",))
+    engine = make_engine()
+    assert engine.draft is not None
+    engine.target.to("cuda")
+    engine.draft.to("cuda")
+    return Engine(engine.target, engine.draft, engine.group, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", CACHES)
+def test_graphs_give_the_eager_text_on_a_gpu(gpu_engine: Engine, cache: str) -> None:
+    eager = Configuration(cache=cache)
+    expected = gpu_engine.generate(PROMPT, eager, 130).tokens
+    assert gpu_engine.generate(PROMPT, eager.replace(launch="graph"), 130).tokens == expected
+    speculative = eager.replace(draft="draft", depth=4, launch="graph")
+    assert gpu_engine.generate(PROMPT, speculative, 130).tokens == expected
