@@ -21,6 +21,7 @@ INFO: dict[str, Any] = {
     "budget": {"bytes": 10**9, "device": "cpu"},
     "study": "run",
     "storage": None,
+    "identity": {},
 }
 
 

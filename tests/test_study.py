@@ -262,8 +262,9 @@ def test_a_storage_of_another_workload_is_refused_with_what_differs_and_left_as_
 
 def test_runs_of_other_names_share_a_storage(tmp_path: Path) -> None:
     search_in(tmp_path, space_of(), Fake()).run()
-    Studies(url(tmp_path), "run-2", {"model": "another"}, (64,), seed=0)
-    assert read_records(url(tmp_path), "run-2") == []
+    other = Studies(url(tmp_path), "run-2", {"model": "another"}, (64,), seed=0)
+    other.keep(theirs := synthetic_record(Configuration(), 64))
+    assert read_records(url(tmp_path), "run-2") == [theirs]
     assert len(read_records(url(tmp_path), "run")) == 2
 
 
