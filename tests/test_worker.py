@@ -29,7 +29,7 @@ def plain(folder: Path) -> Iterator[WorkerProcess]:
     """The real worker without a cap."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # others may run beside
-        worker = WorkerProcess("cpu", None, folder / "worker.log", lambda text: None)
+        worker = WorkerProcess(folder / "worker.log", lambda text: None).start("cpu", None)
         yield worker
         worker.kill()
 
