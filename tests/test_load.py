@@ -172,7 +172,7 @@ def check_layers(model: PreTrainedModel, reference: PreTrainedModel, word: str) 
         assert type(modules[name]) is not nn.Linear, name
         if "4" in word and word.startswith("bnb"):
             assert modules[name].weight.quant_state.quant_type == word.removeprefix("bnb-")
-        with torch.inference_mode():
+        with torch.no_grad():  # quanto-int4 in float32 fails in inference mode
             assert 1e-4 < relative(modules[name](x), linear(x)) < LAYER_BOUND[word], name
         count += 1
     assert count >= 8
