@@ -350,5 +350,7 @@ def test_loading_never_holds_more_than_the_result_and_one_tensor(tmp_path, saved
     assert len(lines) == len(loads)
     for seen, what in zip(lines, loads, strict=True):
         assert seen["largest"] == 4096 * 512 * 4
-        slack = 4e6  # the allocator's, and the quantizer's own temporaries for one layer
+        slack = 4e6  # the allocator's
+        if not what.startswith("fp32"):  # the quantizers' temporaries: some four copies of a layer beside the layer
+            slack = max(slack, 5 * 1408 * 512 * 4 + 4e6 - seen["largest"])
         assert seen["footprint"] * 0.9 < seen["grown"] < seen["footprint"] + seen["largest"] + slack, (what, seen)
