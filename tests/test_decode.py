@@ -11,14 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, VOCABULARY, draft_of, tiny, tokens
+from tiny_models import FAMILIES, VOCABULARY, WINDOW, draft_of, tiny, tokens
 from transformers import PreTrainedModel
 
 from autotune.config import Configuration, LoadGroup
-from autotune.engine import decode
+from autotune.engine import decode, runner
 from autotune.engine.cache import make_cache, settle
 from autotune.engine.decode import NGRAM, Engine, Generation, Sampling, _PromptLookup, _verify
 from autotune.engine.load import Unsupported
+from autotune.engine.runner import Runner
 from autotune.measure.quality import compare
 from autotune.worker import Worker
 
@@ -121,21 +122,24 @@ def stock_text(family: str, attention: str = "sdpa") -> list[int]:
     return output[0, prompt.shape[1] :].tolist()
 
 
-@lru_cache
 @torch.inference_mode()
-def plain_text(family: str, cache: str, chunk: int, attention: str = "sdpa") -> list[int]:
+def one_by_one(model: PreTrainedModel, prompt: list[int], cache: str, chunk: int, count: int) -> list[int]:
     """One token after the other through the cache: what no speculation gives."""
-    model, prompt = target_of(family, attention), torch.tensor([prompt_of(family)])
     store = make_cache(cache, model.config, 400, "cpu")
-    for part in prompt.split(chunk or prompt.shape[1], dim=1):
+    for part in torch.tensor([prompt]).split(chunk or len(prompt), dim=1):
         logits = model(part, past_key_values=store).logits
         settle(store)
     text = [int(logits[0, -1].argmax())]
-    while len(text) < NEW_TOKENS:
+    while len(text) < count:
         logits = model(torch.tensor([text[-1:]]), past_key_values=store).logits
         settle(store)
         text.append(int(logits[0, -1].argmax()))
     return text
+
+
+@lru_cache
+def plain_text(family: str, cache: str, chunk: int, attention: str = "sdpa") -> list[int]:
+    return one_by_one(target_of(family, attention), prompt_of(family), cache, chunk, NEW_TOKENS)
 
 
 def run(family: str, configuration: Configuration, new_tokens: int = NEW_TOKENS, **options: Any) -> Generation:
@@ -210,6 +214,19 @@ def test_an_idle_draft_model_changes_nothing():
     assert result.proposed == result.verifications == result.draft_cache_bytes == 0
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "quantized-4"])
+def test_launching_a_step_ahead_changes_nothing(cache):
+    engine = Engine(target_of("llama"), None, LoadGroup("fp32", "fp32"), "cpu")
+    engine.ahead = True  # as on a GPU
+    configuration, text = Configuration("fp32", "fp32", cache=cache), plain_text("llama", cache, 0)
+    assert engine.generate(prompt_of("llama"), configuration, NEW_TOKENS).tokens == text
+    result = engine.generate(prompt_of("llama"), configuration, NEW_TOKENS, stop=[text[20]])
+    assert result.tokens == text[: text.index(text[20]) + 1]
+    sampled = [engine.generate(prompt_of("llama"), configuration, 30, sampling=Sampling(1.0, 5)).tokens]
+    engine.ahead = False
+    assert sampled == [engine.generate(prompt_of("llama"), configuration, 30, sampling=Sampling(1.0, 5)).tokens]
+
+
 # ---- the request's end
 
 
@@ -279,6 +296,21 @@ def test_the_prompt_is_fed_in_chunks_and_only_its_last_logits_are_computed(chunk
     for role in fed:
         assert fed[role][: len(parts)] == [(part, 1) for part in parts]
         assert all(length <= 6 for length, _ in fed[role][len(parts) :])
+
+
+@pytest.mark.parametrize("cache", ["quantized-2", "quantized-fp8"])
+@pytest.mark.parametrize("draft", ["none", DRAFT])
+def test_chunks_that_fill_the_window_exactly_are_quantized_before_the_next(cache, draft):
+    prompt = tokens(160)
+    configuration = Configuration("fp32", "fp32", draft=draft, depth=4, cache=cache, prefill_chunk=32)
+    result = engine_of("llama").generate(prompt, configuration, 20)
+    assert result.tokens == one_by_one(target_of("llama"), prompt, cache, 32, 20)
+
+
+def test_a_sliding_cache_is_cut_to_its_window_after_the_prompt():
+    prefilled = Runner(target_of("mistral"), "sliding", 400, "cpu", "device")
+    prefilled.prefill(tokens(200), 0)
+    assert [layer.keys.shape[-2] for layer in prefilled.cache.layers] == [WINDOW - 1] * 2
 
 
 # ---- scoring
@@ -523,10 +555,8 @@ def wrong_output(configuration: Configuration, new_tokens: int = 40) -> str:
 def test_a_cache_that_keeps_rejected_tokens_is_wrong_output(cache, draft, monkeypatch):
     configuration = Configuration("fp32", "fp32", draft=draft, depth=4, cache=cache)
     assert wrong_output(configuration) == ""
-    monkeypatch.setattr(
-        decode, "make_cache", lambda word, config, capacity, device: make_cache(word, config, 999, device)
-    )
-    monkeypatch.setattr(decode, "rollback", lambda cache, rejected: None)
+    monkeypatch.setattr(runner, "make_cache", lambda word, config, *rest: make_cache(word, config, 999, "cpu"))
+    monkeypatch.setattr(runner, "rollback", lambda cache, rejected: None)
     assert "differs from plain decoding at new token" in wrong_output(configuration)
 
 
@@ -552,7 +582,7 @@ def test_a_cache_that_loses_the_last_tokens_is_a_quality_loss(cache, monkeypatch
             layer.keys[:, :, max(0, end - 8) : end] = 0
             layer.values[:, :, max(0, end - 8) : end] = 0
 
-    monkeypatch.setattr(decode, "settle", lossy)
+    monkeypatch.setattr(runner, "settle", lossy)
     faulty = figures(configuration)
     assert faulty["perplexity_ratio_interval"][0] > 1.05
     assert faulty["kl_divergence"] > 100 * max(sound["kl_divergence"], 1e-6)

@@ -172,7 +172,7 @@ def check_layers(model: PreTrainedModel, reference: PreTrainedModel, word: str) 
         assert type(modules[name]) is not nn.Linear, name
         if "4" in word and word.startswith("bnb"):
             assert modules[name].weight.quant_state.quant_type == word.removeprefix("bnb-")
-        with torch.inference_mode():
+        with torch.no_grad():  # quanto-int4 in float32 fails in inference mode
             assert 1e-4 < relative(modules[name](x), linear(x)) < LAYER_BOUND[word], name
         count += 1
     assert count >= 8
@@ -350,5 +350,7 @@ def test_loading_never_holds_more_than_the_result_and_one_tensor(tmp_path, saved
     assert len(lines) == len(loads)
     for seen, what in zip(lines, loads, strict=True):
         assert seen["largest"] == 4096 * 512 * 4
-        slack = 4e6  # the allocator's, and the quantizer's own temporaries for one layer
+        slack = 4e6  # the allocator's
+        if not what.startswith("fp32"):  # the quantizers' temporaries: some four copies of a layer beside the layer
+            slack = max(slack, 5 * 1408 * 512 * 4 + 4e6 - seen["largest"])
         assert seen["footprint"] * 0.9 < seen["grown"] < seen["footprint"] + seen["largest"] + slack, (what, seen)
