@@ -99,7 +99,7 @@ def _inputs(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-quality-loss", type=_Share(), default="5%", show_default=True, help="In perplexity."),
         click.option("--objective", type=click.Choice(OBJECTIVES), default="end-to-end", show_default=True),
         click.option("--trials", type=click.IntRange(min=1), help="Stop after this many measurements."),
-        click.option("--timeout", type=_Duration(), default="10m", show_default=True, help="Time for the whole run."),
+        click.option("--timeout", type=_Duration(), default="12m", show_default=True, help="Time for the whole run."),
         click.option("--device", metavar="cuda:N|cpu", help="Default: the first GPU, else the CPU."),
         click.option("--storage", metavar="URL", help="Any URL that Optuna takes. Default: study.db in the folder."),
         click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: results/MODEL-BUDGET."),
@@ -287,7 +287,7 @@ def _request(options: dict[str, Any]) -> Request:
     except SpaceError as error:
         raise click.UsageError(f"--space: {error}") from None
     name = "demo" if options["model"] is None else model.name
-    out = options["out"] or Path("results") / f"{name}-{options['budget'] // 2**20}MiB"
+    out = options["out"] or Path("results") / f"{name}-{round(options['budget'] / 2**20)}MiB"
     try:
         return Request(
             model=model,

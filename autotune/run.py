@@ -21,6 +21,7 @@ from .study import Search, Studies, complete
 from .trial import Inputs, Trials, WorkerFailed
 
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
+_CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
 _LEARNT = 4  # measured peaks from which the plan is calibrated
 _UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
 _WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
@@ -373,12 +374,14 @@ class Foresight:
 
 def _reserve(search: Search, timeout_s: float) -> float:
     """Seconds that measuring the finalists again will take, at most two fifths of the run."""
-    slowest = {
-        context: max((r.measure_s or 0 for (_, at), r in search.known.items() if at == context), default=0)
-        for context in search.workload.contexts
-    }
+    seconds = 0.0
+    for context in search.workload.contexts:
+        here = [r for (_, at), r in search.known.items() if at == context and r.tokens_per_s]
+        sides = [r for r in here if r.stage == "baseline"], [r for r in here if r.outcome == "ok"]
+        fastest = (max(side, key=lambda r: r.tokens_per_s or 0) for side in sides if side)
+        seconds += sum(r.measure_s or 0 for r in fastest)
     load = max((r.load_s or 0 for r in search.known.values()), default=0) + 6
-    return min(timeout_s * 0.4, 2 * FINAL_ROUNDS * (sum(slowest.values()) + load))
+    return min(timeout_s * 0.4, FINAL_ROUNDS * (_CARE_OVER_LOOK * seconds + 2 * load))
 
 
 def _stock(full_precision: str, space: Space) -> list[Configuration]:

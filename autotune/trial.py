@@ -26,7 +26,7 @@ from .config import Budget, Configuration, LoadGroup, Outcome, Record, Workload,
 STARTUP_S = 300.0
 LOAD_S = 900.0
 STABLE = 0.5  # standard deviation of the rounds' rates, relative to their median, above which a figure is no figure
-_LOOK, _CARE = (2, 6.0), (3, 10.0)  # least rounds and seconds of them: while searching, and for finalists
+_LOOK, _CARE = (2, 6.0), (2, 10.0)  # least rounds and seconds of them: while searching, and for finalists
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
 WORKER = (sys.executable, "-m", "autotune.worker")
 
@@ -293,6 +293,7 @@ class Trials:
                 new_tokens=self.workload.new_tokens,
                 inputs=self.inputs.tokens,
                 reference=self.inputs.references[context] if known is None else None,
+                careful=stage == "final",
                 min_rounds=rounds,
                 limit_s=min(limit_s, timeout_s / 4),
                 bar=bar,

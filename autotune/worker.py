@@ -167,6 +167,7 @@ class Worker:
         new_tokens: int,
         inputs: str,
         reference: str | None,
+        careful: bool,
         min_rounds: int,
         limit_s: float,
         bar: float | None,
@@ -198,7 +199,8 @@ class Worker:
         figures |= {key: max(value or 0, self.load_peaks[key] or 0) or None for key, value in peaks.items()}
         figures["memory"] = self._owners(peaks, generations[-1])
         figures["machine"] = {"before": before, "after": state(self.device)}
-        checked = len(prompts) if min_rounds > 2 else 1  # a finalist's text is checked for every prompt
+        # a finalist's text is checked for every prompt, that of what cannot win for none
+        checked = len(prompts) if careful else 0 if len(samples) == len(prompts) else 1
         texts = [generation.tokens for generation in generations]
         wrong = self._wrong_output(chosen, context, prompts[:checked], new_tokens, texts[:checked])
         if reference is not None:
