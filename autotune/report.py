@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -141,8 +141,9 @@ class _View:
         care = {"search": 0, "baseline": 1, "final": 2}  # of several, the last of the most careful stage counts
         ordered = sorted(run.records, key=lambda record: care.get(record.stage, 0))
         self.measured = {(record.configuration, record.context_tokens): record for record in ordered}
-        self.records = list(self.measured.values())
         stock = self.policy.get("baseline") or ()
+        self._settle(stock)
+        self.records = list(self.measured.values())
         self.baselines = {entry["context_tokens"]: _configuration(entry["load"], entry["settings"]) for entry in stock}
         self.baseline = self._find_baseline()
         self.contexts = sorted({*run.workload.contexts, *(record.context_tokens for record in self.records)})
@@ -160,6 +161,20 @@ class _View:
 
     def name(self, configuration: Configuration) -> str:
         return "baseline" if configuration == self.baseline else describe(configuration, self.baseline)
+
+    def _settle(self, stock: Iterable[Mapping[str, Any]]) -> None:
+        """What was measured several times has the figures that the policy made of them."""
+        load = self.policy.get("load") or {}
+        rules = [
+            (rule.get("load") or load, rule["max_context_tokens"], rule) for rule in self.policy.get("rules") or []
+        ]
+        for group, context, entry in [*rules, *((entry["load"], entry["context_tokens"], entry) for entry in stock)]:
+            key = _configuration(group, entry["settings"]), context
+            expected = entry.get("expected") or {}
+            names = ("tokens_per_s", "tokens_per_s_interval", "decode_tokens_per_s", "ttft_s", "peak_bytes")
+            if key in self.measured:
+                figures = {name: expected[name] for name in names if expected.get(name) is not None}
+                self.measured[key] = replace(self.measured[key], **figures)
 
     def _find_baseline(self) -> Configuration | None:
         if self.baselines:
@@ -179,7 +194,8 @@ class _View:
         ours, theirs = self.interval(chosen), self.interval(baseline)
         overlap = bool(ours and theirs and ours[0] <= theirs[1] and theirs[0] <= ours[1])
         tie = bool((rule or {}).get("tie", overlap))
-        return _Answer(context, rule or {}, chosen, baseline, self.speed(chosen) / self.speed(baseline), tie)
+        gain = (rule or {}).get("speedup") or self.speed(chosen) / self.speed(baseline)
+        return _Answer(context, rule or {}, chosen, baseline, gain, tie)
 
     def _chosen(self, rule: Mapping[str, Any], context: int) -> Record:
         """The stored record of a rule's configuration, or what the policy expects where the storage has none."""
