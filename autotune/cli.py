@@ -408,6 +408,9 @@ def _print_policy(policy: Policy, console: Any) -> None:
     console.print(table)
     for rule in policy.rules:
         console.print(f"up to {rule.max_context_tokens}: {rule.note}", markup=False, highlight=False)
+    for context in policy.workload["contexts"]:
+        if context > policy.rules[-1].max_context_tokens:
+            console.print(f"{context}: nothing that was measured was feasible; the report says why", markup=False)
 
 
 def _load_text(policy: Policy) -> str:

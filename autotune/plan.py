@@ -378,7 +378,7 @@ class Calibration:
     error: float | None = None
 
 
-DEFAULT = {"cuda": Calibration(610 * MIB), "cpu": Calibration(480 * MIB)}  # a CUDA context; Python with torch
+DEFAULT = {"cuda": Calibration(610 * MIB), "cpu": Calibration(380 * MIB)}  # a CUDA context; Python with torch
 
 
 @dataclass(frozen=True)
