@@ -10,6 +10,7 @@ import dataclasses
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
@@ -77,29 +78,33 @@ class Space:
             yield from self._continue(extended, knobs[1:])
 
     def seeds(self) -> Iterator[Configuration]:
-        """What most often wins: for each draft and each weights the rest as experience has it. To be tried first."""
+        """What most often wins: for each draft and each weights the rest as experience has it. To be tried first.
+
+        Weights in the space's order, prompt lookup before draft models before none, both in step.
+        """
         order = {"prompt-lookup": 0, "none": 2}
-        for draft in sorted(self.choices["draft"], key=lambda word: order.get(word, 1)):
-            for weights in self.choices["weights"]:
-                packed = weights not in ("bf16", "fp32")
-                wishes: dict[str, tuple[Any, ...]] = {
-                    "weights": (weights,),
-                    "draft": (draft,),
-                    "lm_head": ("nf4",) if packed else ("bf16", "fp32"),
-                    "embeddings": ("host",) if packed else ("device",),
-                    "attention": ("split_kv", "sdpa"),
-                    "draft_weights": ("bnb-nf4",) if packed else ("bf16", "fp32"),
-                    "depth": (4, 3, 5),
-                    "cache": ("static",),
-                    "prefill_chunk": (2048, 1024) if packed else (0,),
-                    "launch": ("graph",),
-                }
-                picked: dict[str, Any] = {}
-                for knob, choices in self.choices.items():
-                    options = _options(knob, choices, picked)
-                    if options:
-                        picked[knob] = next((word for word in wishes[knob] if word in options), options[0])
-                yield Configuration(**picked)
+        ranks = {draft: order.get(draft, 1) for draft in self.choices["draft"]}
+        pairs = product(enumerate(self.choices["weights"]), ranks)
+        for (_, weights), draft in sorted(pairs, key=lambda pair: pair[0][0] + ranks[pair[1]]):
+            packed = weights not in ("bf16", "fp32")
+            wishes: dict[str, tuple[Any, ...]] = {
+                "weights": (weights,),
+                "draft": (draft,),
+                "lm_head": ("nf4",) if packed else ("bf16", "fp32"),
+                "embeddings": ("host",) if packed else ("device",),
+                "attention": ("split_kv", "sdpa"),
+                "draft_weights": ("bnb-nf4",) if packed else ("bf16", "fp32"),
+                "depth": (4, 3, 5),
+                "cache": ("static",),
+                "prefill_chunk": (2048, 1024) if packed else (0,),
+                "launch": ("graph",),
+            }
+            picked: dict[str, Any] = {}
+            for knob, choices in self.choices.items():
+                options = _options(knob, choices, picked)
+                if options:
+                    picked[knob] = next((word for word in wishes[knob] if word in options), options[0])
+            yield Configuration(**picked)
 
     def parameters(self, configuration: Configuration) -> dict[str, Any] | None:
         """The choices that lead to a configuration, for Optuna; None where the space does not hold it."""

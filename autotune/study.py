@@ -32,6 +32,7 @@ Fits = Callable[[Configuration, int], str]  # why the plan says that it cannot f
 _DUPLICATES = 10  # suggestions in a row that were all known, after which one is drawn from what is left
 _LOADING = "while loading"  # how the reason of a record starts whose load group could not be loaded
 _TRIES = 3  # winners elsewhere that are tried at a context before the load group is left without a record there
+FIRST_SHARE = 0.4  # of the search's time goes at most to what experience says may win
 
 
 class Studies:
@@ -122,8 +123,10 @@ class Search:
         """Measure until time, trials or the space run out."""
         self._random = random.Random(self.seed)
         contexts = list(self.workload.contexts)
+        began, share = time.monotonic(), FIRST_SHARE * (self.deadline - time.monotonic())
         for configuration in self.first:
-            self._sow(configuration)
+            if time.monotonic() - began < share:
+                self._sow(configuration)
         while contexts and not self._over():
             context = min(contexts, key=lambda c: sum(at == c for _, at in self.known))
             first = self._propose(context)
