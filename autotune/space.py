@@ -93,7 +93,7 @@ class Space:
                 "lm_head": ("nf4",) if packed else ("bf16", "fp32"),
                 "embeddings": ("host",) if packed else ("device",),
                 "attention": ("split_kv", "sdpa"),
-                "draft_weights": ("bnb-nf4",) if packed else ("bf16", "fp32"),
+                "draft_weights": (weights, "bnb-nf4") if packed else ("bf16", "fp32"),
                 "depth": (4, 3, 5),
                 "cache": ("static",),
                 "prefill_chunk": (2048, 1024) if packed else (0,),

@@ -183,9 +183,18 @@ class _Preallocated(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.capacity
 
-    def _append(self, begin: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: torch.Tensor, stored: torch.Tensor | None
+    ) -> None:
+        """Write a recorded step's keys and values behind the `tokens` held, of which `stored` are elsewhere."""
         assert self.keys is not None
         assert self.values is not None
+        if tokens.is_cuda and not torch.compiler.is_compiling():
+            from .kernels import append
+
+            append(self.keys, self.values, key_states, value_states, tokens, stored)
+            return
+        begin = tokens if stored is None else tokens - stored
         slots = begin + torch.arange(key_states.shape[-2], device=begin.device)
         self.keys.index_copy_(2, slots, key_states)
         self.values.index_copy_(2, slots, value_states)
@@ -213,7 +222,7 @@ class StaticLayer(_Preallocated):
         assert self.keys is not None
         assert self.values is not None
         if self.lengths is not None:
-            self._append(self.lengths.tokens, key_states, value_states)
+            self._append(key_states, value_states, self.lengths.tokens, None)
             return (self.keys, self.values) if self.lengths.read else (key_states, value_states)
         end = self.length + key_states.shape[-2]
         if end > self.capacity:
@@ -286,7 +295,7 @@ class QuantizedLayer(_Preallocated):
         assert self.keys is not None
         assert self.values is not None
         if self.lengths is not None:
-            self._append(self.lengths.tokens - self.lengths.stored, key_states, value_states)
+            self._append(key_states, value_states, self.lengths.tokens, self.lengths.stored)
             return self._read_all(self.lengths.stored) if self.lengths.read else (key_states, value_states)
         new = key_states.shape[-2]
         if self.stored + self.recent + new > self.capacity:

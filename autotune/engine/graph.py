@@ -12,6 +12,7 @@ with the same cache word and about the same length. Prompts are still fed eagerl
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..config import Configuration, LoadGroup
 from .cache import WINDOW, Lengths, advance, layers, lengths_on_device, restart, room, stored_tokens
+from .fusion import Fusion
 from .load import Unsupported
 from .runner import Runner
 
@@ -106,6 +108,8 @@ class StepRunner(Runner):
         self.pool: Any = None if device == "cpu" else torch.cuda.graph_pool_handle()
         tokens, stored = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self.lengths = Lengths(tokens, stored, read=self.attention != "split_kv")
+        # torch.compile fuses by itself; a step that is launched eagerly is the model's own, as the prompt is
+        self.fusion = Fusion(model).applied if self.launch == "graph" else nullcontext
         self.steps: dict[int, _Step] = {}
         self.sizes: tuple[int, ...] = ()
         self._bind(self.cache)
@@ -154,7 +158,7 @@ class StepRunner(Runner):
         forward = torch.compile(self.model.forward, dynamic=False) if self.launch == "compile" else self.model.forward
 
         def run() -> torch.Tensor:
-            with lengths_on_device(self.cache, self.lengths):
+            with lengths_on_device(self.cache, self.lengths), self.fusion():
                 output = forward(**{name: inputs}, past_key_values=self.cache, use_cache=True)
             return output.logits[0]  # type: ignore[no-any-return]
 

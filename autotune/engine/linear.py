@@ -138,20 +138,29 @@ def _multiply(rows: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor
     return torch.ops.aten._weight_int4pack_mm(rows, packed, INT4_GROUP, scale_zero)  # type: ignore[no-any-return]
 
 
-def _unpack(packed: torch.Tensor, scale_zero: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _unpack(packed: torch.Tensor, scale_zero: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """The weights [rows, columns] of packed tiles, rounded once."""
-    byte, shift = places
+    if not packed.is_cuda:
+        return unpack_slowly(packed, scale_zero, places)
+    from .kernels import unpack
+
+    return unpack(packed, scale_zero, places, TILE)
+
+
+def unpack_slowly(packed: torch.Tensor, scale_zero: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The same without a kernel of our own, on any device."""
     tiles, columns = packed.shape[:2]
-    codes = packed.view(torch.uint8).reshape(tiles, columns, -1).index_select(2, byte)
-    codes = codes.bitwise_right_shift_(shift).bitwise_and_(15).view(tiles, columns, *TILE).transpose(1, 2)
+    codes = packed.view(torch.uint8).reshape(tiles, columns, -1).index_select(2, (places // 2).flatten())
+    codes = codes.bitwise_right_shift_((places % 2 * 4).flatten().to(torch.uint8)).bitwise_and_(15)
+    codes = codes.view(tiles, columns, *TILE).transpose(1, 2)
     centred = codes.to(torch.bfloat16, memory_format=torch.contiguous_format).sub_(8).view(-1, columns, TILE[1])
     scale, zero = scale_zero.transpose(0, 1).split(1, dim=2)
     return torch.addcmul(zero, centred, scale, out=centred).view(tiles * TILE[0], columns * TILE[1])
 
 
 @functools.cache
-def _places(device: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Where each weight of a packed tile lies: its byte and the shift in it; None where that cannot be told.
+def _places(device: str) -> torch.Tensor | None:
+    """Where each weight of a packed tile lies: the number of its half byte; None where that cannot be told.
 
     The layout is the kernel's own business, so it is asked: tiles whose codes are the digits of each weight's number
     are packed, and what is found is checked against the kernel itself.
@@ -160,8 +169,7 @@ def _places(device: str) -> tuple[torch.Tensor, torch.Tensor] | None:
     found = torch.zeros_like(number)
     for digit in (0, 4, 8):
         found |= _nibbles(((number >> digit) & 15).to(torch.uint8).view(TILE)).long() << digit
-    place = found.argsort()
-    places = place // 2, (place % 2 * 4).to(torch.uint8)
+    places = found.argsort().int().view(TILE)
     codes = (number * 7 + number // 16).bitwise_and(15).to(torch.uint8).view(TILE)
     packed = _pack(codes[:, ::2] << 4 | codes[:, 1::2])
     scale_zero = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device=device).expand(1, TILE[0], 2).contiguous()

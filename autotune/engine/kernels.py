@@ -1,0 +1,227 @@
+# mypy: disable-error-code="no-untyped-def, misc, untyped-decorator"
+# (the arguments of a Triton kernel are pointers and numbers of the device: they have no Python type)
+"""Small kernels that stand for many: each does in one launch what PyTorch's operations do in three to ten.
+
+In a recorded step of one token every kernel takes about two microseconds however little it does, so that a layer's
+forty cost more time than its weights take to read. They compute in float32 and round once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_TILES = 4  # tiles that one program unpacks
+
+
+def unpack(packed: torch.Tensor, scale_zero: torch.Tensor, places: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
+    """The bfloat16 weights [rows, columns] of packed 4-bit tiles [row tiles, column tiles, ...].
+
+    `places` [tile] is the number of each weight's half byte in its tile; `scale_zero` is [column tiles, rows, 2].
+    """
+    tiles, columns = packed.shape[:2]
+    rows, width = tile
+    weights = torch.empty((tiles * rows, columns * width), dtype=torch.bfloat16, device=packed.device)
+    _unpack[(tiles, triton.cdiv(columns, _TILES))](
+        packed.view(torch.uint8),
+        scale_zero,
+        places,
+        weights,
+        columns,
+        scale_zero.stride(0),
+        ROWS=rows,
+        WIDTH=width,
+        TILES=_TILES,
+    )
+    return weights
+
+
+def normalize(states: torch.Tensor, weight: torch.Tensor, offset: float, epsilon: float) -> torch.Tensor:
+    """Root mean square norm (Zhang and Sennrich, arXiv 1910.07467) of the last dimension, times weight + offset."""
+    rows = states.reshape(-1, states.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    width = rows.shape[1]
+    padded = triton.next_power_of_2(width)
+    _normalize[(len(rows),)](
+        rows,
+        weight,
+        result,
+        rows.stride(0),
+        epsilon,
+        offset,
+        width,
+        PADDED=padded,
+        num_warps=min(16, max(1, padded // 256)),
+    )
+    return result.view(states.shape)
+
+
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated, of [1, heads, n, head_dim].
+
+    `cos` and `sin` are [1, n, head_dim]. The results lie in memory as [1, n, heads, head_dim].
+    """
+    _, heads, count, dim = query.shape
+    kv_heads = key.shape[1]
+    rotated = query.new_empty((1, count, heads + kv_heads, dim)).transpose(1, 2)
+    _rotate[(count, heads + kv_heads)](
+        query,
+        key,
+        cos,
+        sin,
+        rotated,
+        *query.stride()[1:3],
+        *key.stride()[1:3],
+        cos.stride(1),
+        sin.stride(1),
+        *rotated.stride()[1:3],
+        HEADS=heads,
+        DIM=dim,
+        PADDED=triton.next_power_of_2(dim),
+    )
+    return rotated[:, :heads], rotated[:, heads:]
+
+
+def append(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    tokens: torch.Tensor,
+    stored: torch.Tensor | None,
+) -> None:
+    """Write `new_keys` and `new_values` [1, heads, n, dim] into slots from `tokens` (less `stored`) on.
+
+    `keys` and `values` are [1, heads, slots, dim]; the two counts are int64 tensors [1] on the device.
+    """
+    _, heads, count, dim = new_keys.shape
+    _append[(heads, count)](
+        keys,
+        values,
+        new_keys,
+        new_values,
+        tokens,
+        stored,
+        *keys.stride()[1:3],
+        *values.stride()[1:3],
+        *new_keys.stride()[1:3],
+        *new_values.stride()[1:3],
+        STORED=stored is not None,
+        DIM=dim,
+        VALUE_DIM=new_values.shape[-1],
+        PADDED=triton.next_power_of_2(max(dim, new_values.shape[-1])),
+    )
+
+
+@triton.jit
+def _unpack(
+    packed,
+    scale_zero,
+    places,
+    weights,
+    columns,
+    group_stride,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    tile_row = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    place = tl.load(places + row * WIDTH + column)
+    for step in tl.static_range(TILES):
+        tile_column = tl.program_id(1) * TILES + step
+        index = (tile_row * ROWS + row) * (columns * WIDTH) + tile_column * WIDTH + column
+        inside = tile_column * WIDTH + column + row * 0 < columns * WIDTH
+        begin = (tile_row * columns + tile_column) * (ROWS * WIDTH // 2)
+        byte = tl.load(packed + begin + place // 2, mask=inside, other=0).to(tl.int32)
+        code = (byte >> (place % 2 * 4)) & 15
+        pair = scale_zero + tile_column.to(tl.int64) * group_stride + (tile_row * ROWS + row + column * 0) * 2
+        scale = tl.load(pair, mask=inside, other=0).to(tl.float32)
+        zero = tl.load(pair + 1, mask=inside, other=0).to(tl.float32)
+        weight = (code - 8).to(tl.float32) * scale + zero
+        tl.store(weights + index, weight.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _normalize(states, weight, result, stride, epsilon, offset, width, PADDED: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, PADDED)
+    inside = channel < width
+    state = tl.load(states + row * stride + channel, mask=inside, other=0).to(tl.float32)
+    factor = tl.load(weight + channel, mask=inside, other=0).to(tl.float32) + offset
+    scale = tl.rsqrt(tl.sum(state * state) / width + epsilon)
+    tl.store(result + row * width + channel, (state * scale * factor).to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    query,
+    key,
+    cos,
+    sin,
+    rotated,
+    query_head,
+    query_token,
+    key_head,
+    key_token,
+    cos_token,
+    sin_token,
+    out_head,
+    out_token,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    token, head = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, PADDED)
+    inside = channel < DIM
+    other = (channel + DIM // 2) % DIM
+    sign = tl.where(channel < DIM // 2, -1.0, 1.0)
+    if head < HEADS:
+        source = query + head * query_head + token * query_token
+    else:
+        source = key + (head - HEADS) * key_head + token * key_token
+    here = tl.load(source + channel, mask=inside, other=0).to(tl.float32)
+    there = tl.load(source + other, mask=inside, other=0).to(tl.float32)
+    c = tl.load(cos + token * cos_token + channel, mask=inside, other=0).to(tl.float32)
+    s = tl.load(sin + token * sin_token + channel, mask=inside, other=0).to(tl.float32)
+    result = here * c + sign * there * s
+    place = rotated + head * out_head + token * out_token + channel
+    tl.store(place, result.to(rotated.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _append(
+    keys,
+    values,
+    new_keys,
+    new_values,
+    tokens,
+    stored,
+    keys_head,
+    keys_slot,
+    values_head,
+    values_slot,
+    new_keys_head,
+    new_keys_token,
+    new_values_head,
+    new_values_token,
+    STORED: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    head, token = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(tokens) + token
+    if STORED:
+        slot -= tl.load(stored)
+    channel = tl.arange(0, PADDED)
+    key = tl.load(new_keys + head * new_keys_head + token * new_keys_token + channel, mask=channel < DIM)
+    tl.store(keys + head * keys_head + slot * keys_slot + channel, key, mask=channel < DIM)
+    value = tl.load(new_values + head * new_values_head + token * new_values_token + channel, mask=channel < VALUE_DIM)
+    tl.store(values + head * values_head + slot * values_slot + channel, value, mask=channel < VALUE_DIM)

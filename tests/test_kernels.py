@@ -1,0 +1,69 @@
+# ruff: noqa: E402 - the interpreter must be asked for before the kernels are defined
+"""The small kernels against PyTorch's operations, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from autotune.engine.fusion import half_turned
+from autotune.engine.kernels import append, normalize, rotate, unpack
+from autotune.engine.linear import TILE, unpack_slowly
+
+
+@pytest.mark.parametrize("columns", [1, 6])
+def test_unpacked_weights_are_those_of_the_slow_way(columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(-(2**31), 2**31 - 1, (5, columns, 32, 4), dtype=torch.int32, generator=generator)
+    whole = torch.randn((columns, 56, 2), generator=generator).bfloat16()
+    places = torch.randperm(1024, generator=generator).int().view(TILE)
+    packed, part, places = packed.to(DEVICE), whole.to(DEVICE)[:, 8:48], places.to(DEVICE)
+    expected = unpack_slowly(packed, part, places)
+    # the interpreter cuts bfloat16 off where a GPU rounds
+    tolerance = 0 if DEVICE == "cuda" else 2**-7
+    torch.testing.assert_close(unpack(packed, part, places, TILE), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("width", [96, 512])
+def test_normalized_rows(width: int, offset: float) -> None:
+    torch.manual_seed(0)
+    states = torch.randn(1, 3, 2 * width, device=DEVICE)[..., :width]
+    weight = torch.randn(width, device=DEVICE)
+    expected = torch.nn.functional.rms_norm(states, (width,), weight + offset, 1e-5)
+    torch.testing.assert_close(normalize(states, weight, offset, 1e-5), expected)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "count"), [(8, 2, 64, 1), (4, 4, 24, 5)])
+def test_rotated_queries_and_keys(heads: int, kv_heads: int, dim: int, count: int) -> None:
+    torch.manual_seed(0)
+    merged = torch.randn(1, count, (heads + kv_heads) * dim + 3, device=DEVICE)[
+        ..., :-3
+    ]  # as a merged product gives them
+    query, key = merged.unflatten(-1, (-1, dim)).transpose(1, 2).split([heads, kv_heads], dim=1)
+    cos, sin = torch.randn(2, 1, count, dim, device=DEVICE)
+    for own, states in zip(rotate(query, key, cos, sin), (query, key), strict=True):
+        torch.testing.assert_close(own, states * cos[:, None] + half_turned(states) * sin[:, None])
+
+
+@pytest.mark.parametrize("stored", [None, 64])
+def test_appended_keys_and_values_land_behind_the_held_ones(stored: int | None) -> None:
+    torch.manual_seed(0)
+    keys, values = torch.zeros(1, 2, 40, 24, device=DEVICE), torch.zeros(1, 2, 40, 16, device=DEVICE)
+    new = torch.randn(1, 3, 2, 40, device=DEVICE).transpose(1, 2)
+    held = 7 + (stored or 0)
+    lengths = [None if count is None else torch.tensor([count], device=DEVICE) for count in (held, stored)]
+    assert lengths[0] is not None
+    append(keys, values, new[..., :24], new[..., 24:], lengths[0], lengths[1])
+    assert torch.equal(keys[:, :, 7:10], new[..., :24])
+    assert torch.equal(values[:, :, 7:10], new[..., 24:])
+    keys[:, :, 7:10] = values[:, :, 7:10] = 0
+    assert not keys.any()
+    assert not values.any()
