@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,8 +224,9 @@ def generate(policy: Path, prompt: str, new_tokens: int | None, temperature: flo
     text = sys.stdin.read() if prompt == "-" else prompt
     with _plain_errors():
         llm = deploy(policy)
-        for piece in llm.stream(text, new_tokens=new_tokens, temperature=temperature):
-            click.echo(piece, nl=False)
+        with closing(llm.stream(text, new_tokens=new_tokens, temperature=temperature)) as pieces:
+            for piece in pieces:
+                click.echo(piece, nl=False)
     click.echo()
     click.echo(llm.last.summary(), err=True)
 

@@ -131,7 +131,7 @@ def test_only_one_cache_is_kept_for_a_model() -> None:
         engine.generate(PROMPT, Configuration(cache=cache, draft="draft", depth=3, launch="graph"), 8)
         assert {runner.key[0] for runner in engine._recordings.kept.values()} == {cache}
     engine.generate(PROMPT, Configuration(cache="static", launch="graph"), 8)
-    assert set(engine._recordings.kept) == {"target"}
+    assert {role for role, _ in engine._recordings.kept} == {"target"}
     engine.generate(PROMPT, Configuration(), 8)
     assert not engine._recordings.kept
 
