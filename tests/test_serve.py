@@ -29,14 +29,12 @@ from transformers import AutoTokenizer
 from autotune.cli import main
 from autotune.config import Workload
 from autotune.demo import TARGET, held_out_text
-from autotune.engine.load import full_precision
 from autotune.openai_api import APIError, Message, conversation_tokens
 from autotune.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
 from autotune.run import fingerprint
 from autotune.serve import _body, application, bind, is_loopback, model_name
 
 TOKENIZER = AutoTokenizer.from_pretrained(TARGET)
-WORDS = full_precision("cpu")
 CHATML = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}"
     "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -57,8 +55,8 @@ def policy(longest: int = 256, budget: int = 2 * 10**9) -> Policy:
         budget_bytes=budget,
         environment={"device_word": "cpu"},
         workload=json.loads(json.dumps(asdict(Workload(contexts=(64, longest), new_tokens=16)))),
-        load=Load(
-            weights=WORDS, lm_head=WORDS, embeddings="device", draft="none", draft_weights="none", attention="sdpa"
+        load=Load(  # in float32 a cache that is used again changes no token
+            weights="fp32", lm_head="fp32", embeddings="device", draft="none", draft_weights="none", attention="sdpa"
         ),
         rules=[rule(64, "static"), rule(longest, "quantized-8")],
         baseline=[],

@@ -149,7 +149,7 @@ class Mark:
 
 def mark(cache: Cache, chunk: int) -> Mark | None:
     """The state to come back to; None for a cache that keeps what it was given and can drop its newest tokens."""
-    if not isinstance(cache.layers[0], QuantizedLayer):
+    if not _quantized(cache):
         return None
     return Mark(cache.get_seq_length(), chunk, [layer.window() for layer in layers(cache)])
 
@@ -161,7 +161,7 @@ def resume(cache: Cache, tokens: int, chunk: int, marked: Mark | None) -> int:
     """
     if tokens <= 0 or any(getattr(layer, "record_past", False) for layer in cache.layers):
         return 0  # layers with a window have dropped what lies before it
-    if not isinstance(cache.layers[0], QuantizedLayer):
+    if not _quantized(cache):
         rollback(cache, cache.get_seq_length() - tokens)
         return tokens
     if marked is None or marked.tokens > tokens or marked.chunk != chunk:
@@ -170,6 +170,10 @@ def resume(cache: Cache, tokens: int, chunk: int, marked: Mark | None) -> int:
         if window is not None:
             layer.go_back(marked.tokens, *window)
     return marked.tokens
+
+
+def _quantized(cache: Cache) -> bool:
+    return any(isinstance(layer, QuantizedLayer) for layer in cache.layers)
 
 
 def stored_bytes(cache: Cache) -> int:
