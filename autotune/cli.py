@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ EXAMPLES = {
     "export": "autotune export results/demo-6199MiB --to policy.json",
     "verify": "autotune verify results/demo-6199MiB/policy.json",
     "generate": 'autotune generate results/demo-6199MiB/policy.json --prompt "def main():"',
+    "serve": "autotune serve results/demo-6199MiB/policy.json --port 8000",
 }
 
 
@@ -223,10 +225,47 @@ def generate(policy: Path, prompt: str, new_tokens: int | None, temperature: flo
     text = sys.stdin.read() if prompt == "-" else prompt
     with _plain_errors():
         llm = deploy(policy)
-        for piece in llm.stream(text, new_tokens=new_tokens, temperature=temperature):
-            click.echo(piece, nl=False)
+        with closing(llm.stream(text, new_tokens=new_tokens, temperature=temperature)) as pieces:
+            for piece in pieces:
+                click.echo(piece, nl=False)
     click.echo()
     click.echo(llm.last.summary(), err=True)
+
+
+@_command("serve")
+@click.argument("policy", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another than loopback needs an API key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--api-key", envvar="AUTOTUNE_API_KEY", show_envvar=True, help="What clients must send.")
+@click.option("--name", help="The model's name in the API. Default: the name of its folder.")
+@click.option("--max-queue", type=click.IntRange(min=0), default=16, show_default=True, help="Requests that may wait.")
+@click.option("--max-body", type=_Size(), default="4MB", show_default=True, help="The largest request.")
+def serve(
+    policy: Path, host: str, port: int, api_key: str | None, name: str | None, max_queue: int, max_body: int
+) -> None:
+    """Answer OpenAI's API as the policy says: chat completions, completions, models; /metrics and /health."""
+    try:
+        from . import serve as server
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "jinja2", "uvicorn"):
+            raise
+        needs = f"autotune serve needs {error.name}, which is not installed: pip install 'autotune-llm[serve]'"
+        raise click.UsageError(needs) from None
+    if not (api_key or server.is_loopback(host)):
+        raise click.UsageError(
+            f"--host {host} is open to other machines, and there is no API key: set AUTOTUNE_API_KEY, or use 127.0.0.1"
+        )
+    try:
+        bound = server.bind(host, port)
+    except OSError as error:
+        raise click.UsageError(f"--host {host} --port {port}: {error.strerror}") from None
+    from .deploy import deploy
+
+    with bound:
+        with _plain_errors():
+            llm = deploy(policy)
+        name = name or server.model_name(Path(llm.policy.model.path))
+        server.run(server.application(llm, name=name, api_key=api_key, max_queue=max_queue, max_body=max_body), bound)
 
 
 class _plain_errors:

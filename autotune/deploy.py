@@ -1,53 +1,181 @@
-"""Run a model as its policy says, with the engine that was measured, inside the policy's budget."""
+"""Run a model as its policy says, with the engine that was measured, inside the policy's budget.
+
+One thread decodes, and callers queue for it: the first to come is the first to be served. Text goes to the caller's
+thread piece by piece, so that a caller who reads slowly, or no longer, holds up nobody.
+
+A cache is made as long as its rule's longest request, which is what was measured, and kept for the next request: the
+turns of a conversation prefill only what is new. Recorded steps are kept with it, and those of several rules beside
+each other until memory runs out for the first time; from then on one.
+"""
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
+from queue import SimpleQueue
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer
 
 from .config import mib
 from .engine.decode import Engine, Generation, Sampling
-from .measure.memory import Meter
+from .measure.memory import Meter, out_of_memory
 from .policy import Policy, PolicyError, Rule, read_policy, to_configuration
+
+FinishReason = Literal["stop", "length", "closed"]
+
+
+class OutOfMemory(PolicyError):
+    """A request that did not fit the budget, tried twice; the next one may."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one request did: the rule that it ran under, and what it took."""
+    """What one request did: the rule that it ran under, and what it took.
+
+    `cached_tokens` of the prompt were in the cache from the request before. `finish_reason` is `stop` (a stop token or
+    string), `length` (all new tokens came) or `closed` (by the caller).
+    """
 
     rule: Rule
     prompt_tokens: int
     generation: Generation
     peak_bytes: int
+    cached_tokens: int
+    finish_reason: FinishReason
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens over the whole request, prefill included; 0 where it was closed before it began."""
+        seconds = self.generation.ttft_s + self.generation.decode_s
+        return len(self.generation.tokens) / seconds if seconds else 0.0
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of drafted tokens that were kept; None where none was drafted."""
+        generation = self.generation
+        return generation.accepted / generation.proposed if generation.proposed else None
 
     def summary(self) -> str:
         """One line for a person."""
-        generation = self.generation
-        seconds = generation.ttft_s + generation.decode_s
+        cached = f" ({self.cached_tokens} of them cached)" if self.cached_tokens else ""
         text = (
-            f"{self.prompt_tokens} tokens in, {len(generation.tokens)} out, "
-            f"{len(generation.tokens) / seconds:.1f} tokens/s (first after {generation.ttft_s:.2f} s), "
+            f"{self.prompt_tokens} tokens in{cached}, {len(self.generation.tokens)} out, "
+            f"{self.tokens_per_s:.1f} tokens/s (first after {self.generation.ttft_s:.2f} s), "
             f"rule up to {self.rule.max_context_tokens}, peak {mib(self.peak_bytes)}"
         )
-        if generation.proposed:
-            text += f", acceptance {generation.accepted / generation.proposed:.2f}"
-        return text
+        return text if self.acceptance is None else f"{text}, acceptance {self.acceptance:.2f}"
+
+
+class _Text:
+    """One request's text, written by the thread that decodes and read by the caller's."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.pieces: SimpleQueue[str | None] = SimpleQueue()  # None is the end
+        self.closed = self.stopped = False
+        self.shown = 0  # characters in `pieces`
+        self.restart()
+
+    def restart(self) -> None:
+        """The same text again from its beginning; what was shown is not shown twice."""
+        self.tokens: list[int] = []
+        self.before = self.read = 0  # tokens[before:read] give what is read its context
+        self.text = ""
+
+    def ended(self) -> bool:
+        return self.closed or self.stopped
+
+    def add(self, tokens: list[int], last: bool = False) -> None:
+        """Show what is certain: whole characters, without what may be the beginning of a stop string."""
+        self.tokens += tokens
+        whole = self._decode(self.before, len(self.tokens))
+        if whole.endswith("\ufffd") and not last:  # a character's bytes may be split between tokens
+            return
+        new = whole[len(self._decode(self.before, self.read)) :]
+        if new:
+            self.before, self.read = self.read, len(self.tokens)
+        begin, self.text = len(self.text), self.text + new
+        end = self._first_stop(begin)
+        if end is not None:
+            self.stopped, self.text = True, self.text[:end]
+        certain = len(self.text) - (0 if last or self.stopped else self._may_stop())
+        if certain > self.shown:
+            self.pieces.put(self.text[self.shown : certain])
+            self.shown = certain
+
+    def _decode(self, begin: int, end: int) -> str:
+        return str(self.tokenizer.decode(self.tokens[begin:end], skip_special_tokens=True))
+
+    def _first_stop(self, begin: int) -> int | None:
+        """Where the stop string begins that is the first to be complete, the text being new from `begin` on."""
+        found = [
+            (at + len(word), at)
+            for word in self.stop
+            if (at := self.text.find(word, max(0, begin - len(word) + 1))) >= 0
+        ]
+        return min(found)[1] if found else None
+
+    def _may_stop(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        starts = [n for word in self.stop for n in range(1, len(word)) if self.text.endswith(word[:n])]
+        return max(starts, default=0)
+
+
+class Stream(Iterator[str]):
+    """The text of one request, piece by piece. `request` tells after the end what it took, and is None before.
+
+    Who stops reading must `close` it; so does garbage collection.
+    """
+
+    request: Request | None = None
+
+    def __init__(self, text: _Text, running: Future[Request], unserved: Request):
+        self._text, self._running, self._unserved, self._over = text, running, unserved, False
+
+    def __next__(self) -> str:
+        if not self._over:
+            piece = self._text.pieces.get()
+            if piece is not None:
+                return piece
+            self._over = True
+            self.request = self._running.result()
+        raise StopIteration
+
+    def close(self) -> None:
+        """End decoding within one step; returns when the next caller can be served. Pieces not yet read are lost."""
+        if not self._over:
+            self._over = True
+            if self._leave():
+                self.request = self._unserved
+            elif self._running.exception() is None:  # waits for it
+                self.request = self._running.result()
+
+    def __del__(self) -> None:
+        self._leave()  # never waits: the thread that decodes may be the one that collects
+
+    def _leave(self) -> bool:
+        """Whether it had not begun, and never will."""
+        self._text.closed = True
+        return self._running.cancel()
 
 
 class LLM:
-    """A model under its policy. Callers queue: one request runs at a time."""
+    """A model under its policy, for any number of threads: one request runs at a time, and callers queue."""
 
-    last: Request
+    last: Request  # the newest that has ended
 
     def __init__(self, policy: Policy, device: str):
         self.policy, self.device = policy, device
-        self._lock = threading.Lock()
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="autotune")
+        self._tokenizing = threading.Lock()  # a fast tokenizer can be borrowed by one thread at a time
         self._meter = Meter(device, policy.budget_bytes)
         folder = policy.model.path
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -55,62 +183,112 @@ class LLM:
         self._engine = Engine.load(folder, group, device)
         self._load_peak = self._meter.peaks()["peak_bytes"] or 0
 
-    def generate(self, prompt: str, *, new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> str:
-        """The prompt's continuation. Raises PolicyError for a prompt past the longest that was measured."""
-        return "".join(self.stream(prompt, new_tokens=new_tokens, temperature=temperature, seed=seed))
+    def generate(
+        self,
+        prompt: str | list[int],
+        *,
+        new_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """The prompt's continuation; arguments and errors are those of `stream`."""
+        stream = self.stream(prompt, new_tokens=new_tokens, temperature=temperature, seed=seed, stop=stop)
+        with closing(stream):
+            return "".join(stream)
 
     def stream(
-        self, prompt: str, *, new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[str]:
-        """The continuation, piece by piece as it is decoded; `last` tells afterwards what it took."""
-        tokens = self.tokenizer(prompt)["input_ids"]
+        self,
+        prompt: str | list[int],
+        *,
+        new_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Stream:
+        """The continuation of a text or of token ids, piece by piece as it is decoded.
+
+        It ends before the first of the `stop` strings, after `new_tokens` (by default as many as were measured), or
+        where the model ends it. Temperature 0 is greedy; `seed` makes a sampled text repeatable. Raises PolicyError at
+        once for a request that the policy was not measured for; reading raises OutOfMemory for one that does not fit.
+        """
+        tokens = self._tokens(prompt)
+        rule = self.policy.rule_for(len(tokens))
+        asked = self._longest_text if new_tokens is None else new_tokens
+        if not 1 <= asked <= self._longest_text:
+            raise PolicyError(f"{asked} new tokens asked for; the policy was measured with {self._longest_text}")
+        if not 0 <= temperature < float("inf"):
+            raise PolicyError(f"temperature must be 0 or more, not {temperature}")
+        if isinstance(stop, str) or not all(stop):
+            raise PolicyError("stop must be a list of strings, none of them empty")
+        text = _Text(self.tokenizer, tuple(stop))
+        running = self._decoding.submit(self._run, text, tokens, rule, asked, Sampling(temperature, seed))
+        return Stream(text, running, Request(rule, len(tokens), Generation([], 0.0), 0, 0, "closed"))
+
+    def _tokens(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            with self._tokenizing:
+                tokens = list(self.tokenizer(prompt)["input_ids"])
+        else:
+            tokens = list(prompt)
         if not tokens:
             raise PolicyError("the prompt is empty")
-        rule = self.policy.rule_for(len(tokens))
-        measured = int(self.policy.workload["new_tokens"])
-        asked = measured if new_tokens is None else new_tokens
-        if asked > measured:
-            raise PolicyError(f"{asked} new tokens asked for; the policy was measured with {measured}")
-        with self._lock:
-            yield from self._stream(tokens, rule, asked, Sampling(temperature, seed))
+        vocabulary = self._engine.target.config.get_text_config(decoder=True).vocab_size
+        if not all(0 <= token < vocabulary for token in tokens):  # on a GPU it would end the process
+            raise PolicyError(f"the prompt has token ids outside of the model's vocabulary of {vocabulary}")
+        return tokens
 
-    def _stream(self, tokens: list[int], rule: Rule, new_tokens: int, sampling: Sampling) -> Iterator[str]:
-        queue: Queue[list[int] | None] = Queue()
-        answer: list[Generation | BaseException] = []
+    @property
+    def _longest_text(self) -> int:
+        return int(self.policy.workload["new_tokens"])
 
-        def work() -> None:
+    def _run(self, text: _Text, tokens: list[int], rule: Rule, new_tokens: int, sampling: Sampling) -> Request:
+        try:
+            self._meter.begin()
+            generation = self._generate(text, tokens, rule, new_tokens, sampling)
+            text.add([], last=True)
+            peak = max(self._meter.peaks()["peak_bytes"] or 0, self._load_peak)
+            reason: FinishReason = "closed"
+            if text.stopped or (generation.tokens and generation.tokens[-1] in self._stop_tokens()):
+                reason = "stop"
+            elif len(generation.tokens) == new_tokens:
+                reason = "length"
+            self.last = Request(rule, len(tokens), generation, peak, generation.cached_tokens, reason)
+            return self.last
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # its caller may keep it: it must not keep tensors
+            raise
+        finally:
+            text.pieces.put(None)
+
+    def _generate(self, text: _Text, tokens: list[int], rule: Rule, new_tokens: int, sampling: Sampling) -> Generation:
+        """Decode; where memory runs out, once more with nothing kept, as the rule was measured."""
+        configuration = self.policy.configuration(rule)
+        for keep in (rule.max_context_tokens + self._longest_text + configuration.depth + 1, 0):
+            text.restart()
             try:
-                answer.append(
-                    self._engine.generate(
-                        tokens,
-                        self.policy.configuration(rule),
-                        new_tokens,
-                        sampling=sampling,
-                        stop=self._stop_tokens(),
-                        on_tokens=queue.put,
-                    )
+                return self._engine.generate(
+                    tokens,
+                    configuration,
+                    new_tokens,
+                    sampling=sampling,
+                    stop=self._stop_tokens(),
+                    on_tokens=text.add,
+                    ended=text.ended,
+                    keep=keep,
                 )
-            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-                answer.append(error)
-            finally:
-                queue.put(None)
-
-        self._meter.begin()
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        seen: list[int] = []
-        shown = ""
-        while (piece := queue.get()) is not None:
-            seen += piece
-            text = str(self.tokenizer.decode(seen, skip_special_tokens=True))
-            if not text.endswith("\ufffd"):  # a character's bytes may be split between tokens
-                yield text[len(shown) :]
-                shown = text
-        thread.join()
-        if isinstance(answer[0], BaseException):
-            raise answer[0]
-        peak = max(self._meter.peaks()["peak_bytes"] or 0, self._load_peak)
-        self.last = Request(rule, len(tokens), answer[0], peak)
+            except Exception as error:
+                if not out_of_memory(error) and not out_of_memory(error.__cause__):
+                    raise
+                traceback.clear_frames(error.__traceback__)
+                reason = str(error).strip().partition("\n")[0].partition(" GPU 0 ")[0]
+            self._engine.recover()
+            gc.collect()
+            if self.device != "cpu":
+                torch.cuda.empty_cache()
+        raise OutOfMemory(
+            f"a prompt of {len(tokens)} tokens did not fit the budget of {mib(self.policy.budget_bytes)}: {reason}"
+        )
 
     def _stop_tokens(self) -> set[int]:
         stop = self._engine.target.generation_config.eos_token_id

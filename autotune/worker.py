@@ -301,6 +301,7 @@ def _failure(error: Exception) -> dict[str, Any]:
 
     from .engine.load import Unsupported
     from .measure.inputs import TextTooShort
+    from .measure.memory import out_of_memory
 
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     trace = "".join(traceback.format_exception(error))
@@ -310,20 +311,13 @@ def _failure(error: Exception) -> dict[str, Any]:
         return {"outcome": "out_of_memory", "reason": reason, "poisoned": True}
     if isinstance(error, Unsupported):
         return {"outcome": "unsupported", "reason": reason, "poisoned": bool(getattr(error, "poisons", False))}
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _host_allocation_failed(error):
+    if out_of_memory(error):
         # CUDA's message goes on with advice about the whole device, which is not what is short here
         return {"outcome": "out_of_memory", "reason": reason.partition(" GPU 0 ")[0], "poisoned": False}
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if raised_in.startswith(_PACKAGE) and not isinstance(error, OSError):
         return {"outcome": "bug", "reason": reason, "trace": trace, "poisoned": True}
     return {"outcome": "crashed", "reason": f"{type(error).__name__}: {reason}", "trace": trace, "poisoned": True}
-
-
-def _host_allocation_failed(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "not enough memory" in text or "std::bad_alloc" in text
-    )
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def test_help_shows_an_example_at_once_and_without_torch(command: list[str]) -> 
 
 
 def test_every_command_of_the_contract_is_there() -> None:
-    assert set(main.commands) == {"run", "plan", "report", "export", "verify", "generate"}
+    assert set(main.commands) == {"run", "plan", "report", "export", "verify", "generate", "serve"}
 
 
 @pytest.mark.parametrize("command", [name for name in EXAMPLES if name not in ("verify", "generate")])

@@ -4,7 +4,7 @@ import io
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -351,6 +351,213 @@ def test_quality_falls_with_the_bits_of_the_cache():
     figures = [figure["kl_divergence"] for figure in divergence]
     assert figures == sorted(figures)
     assert figures[0] < 1e-6 < figures[1] * 10 < figures[2] < figures[3]
+
+
+# ---- conversations
+
+
+def fresh(engine: Engine) -> Engine:
+    """The same models with nothing kept."""
+    return Engine(engine.target, engine.draft, engine.group, "cpu")
+
+
+def converse(
+    engine: Engine, prompts: list[list[int]], configuration: Configuration, new_tokens: int = 20, **options: Any
+) -> list[int]:
+    """Ask prompt after prompt, each behind what was said; how much was cached. Every reply is that of a fresh start."""
+    history: list[int] = []
+    cached = []
+    for prompt in prompts:
+        history = [*history, *prompt]
+        result = engine.generate(history, configuration, new_tokens, keep=500, **options)
+        expected = fresh(engine).generate(history, configuration, new_tokens, **options)
+        assert result.tokens == expected.tokens
+        assert expected.cached_tokens == 0
+        cached.append(result.cached_tokens)
+        history += result.tokens
+    return cached
+
+
+CONVERSATION = [tokens(90, seed=3), tokens(15, seed=4), tokens(40, seed=5)]
+
+
+@pytest.mark.parametrize("draft", ["none", "prompt-lookup", DRAFT])
+@pytest.mark.parametrize("cache", EXACT[:2])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt-neox"])
+@pytest.mark.parametrize("chunk", [0, 37])
+def test_a_turn_prefills_only_what_is_new_and_replies_as_a_fresh_start(family, cache, draft, chunk):
+    configuration = Configuration(
+        "fp32", "fp32", draft=draft, depth=4 * (draft != "none"), cache=cache, prefill_chunk=chunk
+    )
+    # the last token of a reply was never fed
+    assert converse(fresh(engine_of(family)), CONVERSATION, configuration) == [0, 90 + 19, 90 + 20 + 15 + 19]
+
+
+@pytest.mark.parametrize("draft", ["none", "prompt-lookup", DRAFT])
+@pytest.mark.parametrize("cache", QUANTIZED)
+def test_a_quantized_cache_goes_on_from_whole_prefill_chunks(cache, draft):
+    configuration = Configuration("fp32", "fp32", draft=draft, depth=4 * (draft != "none"), cache=cache)
+    assert converse(fresh(engine_of("llama")), CONVERSATION, configuration) == [0, 0, 0]
+    chunked = configuration.replace(prefill_chunk=40)
+    assert converse(fresh(engine_of("llama")), CONVERSATION, chunked) == [0, 80, 120]
+
+
+def test_other_prefill_chunks_round_otherwise_and_start_fresh():
+    engine, configuration = fresh(engine_of("llama")), Configuration("fp32", "fp32", cache="quantized-4")
+    for chunk, cached in ((32, 0), (32, 64), (16, 0), (16, 80)):
+        result = engine.generate(CONVERSATION[0], configuration.replace(prefill_chunk=chunk), 20, keep=500)
+        assert result.cached_tokens == cached
+
+
+@pytest.mark.parametrize("draft", ["none", DRAFT])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "quantized-4"])
+def test_sampled_turns_are_those_of_a_fresh_start(cache, draft):
+    configuration = Configuration(
+        "fp32", "fp32", draft=draft, depth=3 * (draft != "none"), cache=cache, prefill_chunk=40
+    )
+    cached = converse(fresh(engine_of("qwen3")), CONVERSATION, configuration, sampling=Sampling(1.0, 7))
+    assert all(cached[1:])
+
+
+@pytest.mark.parametrize("cache", QUANTIZED)
+@pytest.mark.parametrize("chunk", [16, 40, 64, 96])
+def test_a_cache_that_was_gone_on_from_holds_what_a_fresh_one_holds(cache, chunk):
+    """Bit for bit: logits alone would forgive a window that was rounded once too often."""
+    configuration = Configuration("fp32", "fp32", draft=DRAFT, depth=4, cache=cache, prefill_chunk=chunk)
+    engine, other = fresh(engine_of("qwen3")), fresh(engine_of("qwen3"))
+    first = tokens(130, seed=1)
+    history = [*first, *engine.generate(first, configuration, 70, keep=500).tokens, *tokens(50, seed=2)]
+    result = engine.generate(history, configuration, 30, keep=500)
+    assert result.cached_tokens == 129 // chunk * chunk
+    assert other.generate(history, configuration, 30, keep=500).cached_tokens == 0
+    for place, kept in engine._recordings.kept.items():
+        for ours, theirs in zip(kept.cache.layers, other._recordings.kept[place].cache.layers, strict=True):
+            assert (ours.stored, ours.recent) == (theirs.stored, theirs.recent)
+            assert torch.equal(ours.keys[:, :, : ours.recent], theirs.keys[:, :, : ours.recent])
+            assert torch.equal(ours.values[:, :, : ours.recent], theirs.values[:, :, : ours.recent])
+            for mine, fresh_ones in zip(
+                ours._dequantized(ours.stored, torch.float32),
+                theirs._dequantized(ours.stored, torch.float32),
+                strict=True,
+            ):
+                assert torch.equal(mine, fresh_ones)
+
+
+def test_a_sliding_cache_starts_fresh():
+    configuration = Configuration("fp32", "fp32", cache="sliding")
+    assert converse(fresh(engine_of("mistral")), CONVERSATION, configuration) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "quantized-4"])
+def test_an_edited_history_is_gone_on_from_where_it_is_the_same(cache):
+    configuration = Configuration("fp32", "fp32", draft=DRAFT, depth=4, cache=cache, prefill_chunk=32)
+    engine, whole = fresh(engine_of("llama")), tokens(120, seed=6)
+    edits = [(whole, 0), (whole[:100], 99), (whole[:50] + tokens(30), 50), (tokens(30, seed=9), 0), (whole, 0)]
+    for prompt, common in edits:
+        result = engine.generate(prompt, configuration, 12, keep=500)
+        assert result.tokens == fresh(engine).generate(prompt, configuration, 12).tokens
+        assert result.cached_tokens == (common if cache != "quantized-4" else 96 if common == 99 else 0)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_same_prompt_again_feeds_its_last_token(cache):
+    engine, configuration = fresh(engine_of("llama")), Configuration("fp32", "fp32", cache=cache)
+    texts = [engine.generate(prompt_of("llama"), configuration, 20, keep=500) for _ in range(2)]
+    assert texts[0].tokens == texts[1].tokens
+    assert texts[1].cached_tokens == len(prompt_of("llama")) - 1
+
+
+def test_other_settings_go_on_with_the_same_cache_and_another_cache_starts_fresh():
+    engine, history = fresh(engine_of("llama")), CONVERSATION[0]
+    plain = Configuration("fp32", "fp32")
+    steps = [
+        (plain, 0),
+        (plain.replace(draft=DRAFT, depth=4, prefill_chunk=16), 109),
+        (plain.replace(cache="quantized-8", draft=DRAFT, depth=2), 0),
+        (plain.replace(draft="prompt-lookup", depth=3), 129),  # the dynamic cache was kept beside it
+        (plain.replace(draft=DRAFT, depth=4), 169),
+    ]
+    for configuration, cached in steps:
+        result = engine.generate(history, configuration, 20, keep=500)
+        assert result.tokens == fresh(engine).generate(history, configuration, 20).tokens
+        assert result.cached_tokens == cached
+        history = [*history, *result.tokens]
+    engine.recover()
+    assert engine.generate(history, plain, 20, keep=500).cached_tokens == 0
+    engine.generate(history, plain.replace(cache="static"), 20, keep=500)
+    assert [key[0] for _, key in engine._recordings.kept] == ["static"]  # one only from now on
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "quantized-4"])
+def test_measurements_go_on_from_nothing(cache):
+    engine, configuration = fresh(engine_of("llama")), Configuration("fp32", "fp32", cache=cache, prefill_chunk=32)
+    engine.generate(CONVERSATION[0], configuration, 20, keep=500)
+    assert engine.generate(CONVERSATION[0], configuration, 20).cached_tokens == 0
+    assert not engine._recordings.kept
+    assert engine.generate(CONVERSATION[0], configuration, 20, keep=500).cached_tokens == 0
+    engine.score(CONVERSATION[0], CONVERSATION[1], configuration, 4)
+    assert not engine._recordings.kept
+
+
+def reached(asked: Iterator[int], moment: int) -> bool:
+    """Whether this was asked more than `moment` times."""
+    return next(asked) >= moment
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "quantized-2"])
+@pytest.mark.parametrize("draft", ["none", DRAFT])
+def test_an_ended_request_can_be_gone_on_from(cache, draft):
+    """Ended at each moment that it can be: between chunks of either model, and after each step."""
+    configuration = Configuration(
+        "fp32", "fp32", draft=draft, depth=3 * (draft != "none"), cache=cache, prefill_chunk=32
+    )
+    prompt = CONVERSATION[0]
+    other = [*prompt[:70], *tokens(60, seed=8)]
+    expected = fresh(engine_of("llama")).generate(prompt, configuration, 20).tokens
+    for moment, following in itertools.product(range(10), (other, prompt)):
+        engine = fresh(engine_of("llama"))
+        result = engine.generate(prompt, configuration, 20, keep=500, ended=partial(reached, itertools.count(), moment))
+        assert result.tokens == expected[: len(result.tokens)]
+        assert bool(result.tokens) == (moment >= 3)  # three chunks
+        assert len(result.tokens) < 20
+        again = engine.generate(following, configuration, 20, keep=500)
+        assert again.tokens == fresh(engine).generate(following, configuration, 20).tokens
+
+
+def test_a_request_that_fails_leaves_nothing_to_go_on_from(monkeypatch):
+    engine, configuration = fresh(engine_of("llama")), Configuration("fp32", "fp32", cache="static")
+    expected = engine.generate(CONVERSATION[0], configuration, 20, keep=500).tokens
+
+    def fail(tokens: list[int]) -> None:
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        engine.generate([*CONVERSATION[0], 1, 2], configuration, 20, keep=500, on_tokens=fail)
+    result = engine.generate(CONVERSATION[0], configuration, 20, keep=500)
+    assert (result.tokens, result.cached_tokens) == (expected, 0)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_conversation_is_that_of_fresh_starts(data):
+    engine, history = fresh(engine_of("llama")), []
+    configuration = Configuration(
+        "fp32",
+        "fp32",
+        cache=data.draw(st.sampled_from(EXACT[:2] + QUANTIZED)),
+        draft=data.draw(st.sampled_from(("none", "prompt-lookup", DRAFT))),
+        depth=data.draw(st.integers(1, 5)),
+        prefill_chunk=data.draw(st.sampled_from((0, 8, 32, 50))),
+    )
+    if configuration.draft == "none":
+        configuration = configuration.replace(depth=0)
+    for turn in range(data.draw(st.integers(2, 4))):
+        history = history[: len(history) - data.draw(st.integers(0, min(len(history), 60)), label="taken back")]
+        history = [*history, *tokens(200, seed=turn)[: data.draw(st.integers(1, 90), label="new")]]
+        count = data.draw(st.integers(1, 40), label="new tokens")
+        result = engine.generate(history, configuration, count, keep=500)
+        assert result.tokens == fresh(engine).generate(history, configuration, count).tokens
+        history += result.tokens
 
 
 # ---- prompt lookup

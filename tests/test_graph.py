@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
@@ -125,13 +127,70 @@ def test_recordings_serve_the_requests_of_one_bucket(monkeypatch: pytest.MonkeyP
     assert recorded
 
 
+@pytest.mark.parametrize("draft", ["draft", "none"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_conversation_goes_on_in_recorded_steps(cache: str, draft: str) -> None:
+    engine, other = make_engine(ahead=True), make_engine()
+    configuration = Configuration(
+        cache=cache, draft=draft, depth=3 * (draft != "none"), launch="graph", prefill_chunk=32
+    )
+    history: list[int] = []
+    for turn, cached in ((PROMPT, 0), (PROMPT[:20], 64), (PROMPT[:60], 128)):
+        history += turn
+        result = engine.generate(history, configuration, 30, keep=400)
+        assert result.tokens == other.generate(history, configuration.replace(launch="eager"), 30).tokens
+        assert result.cached_tokens >= cached  # in whole chunks where the cache is quantized
+        assert (result.cached_tokens % 32 == 0) == (cache != "static" or cached == 0)
+        history += result.tokens
+
+
+def test_a_cache_that_others_used_meanwhile_is_not_gone_on_from() -> None:
+    engine = make_engine()
+    configuration = Configuration(cache="quantized-4", launch="graph", prefill_chunk=32)
+    other = [*PROMPT[40:], *PROMPT[:40]]
+    expected = {len(prompt): engine.generate(prompt, configuration, 20).tokens for prompt in (PROMPT, other[:70])}
+    engine.generate(PROMPT, configuration, 20, keep=250)
+    engine.generate(other, configuration, 20)  # a measurement, in the same memory
+    result = engine.generate(PROMPT, configuration, 20, keep=250)
+    assert (result.tokens, result.cached_tokens) == (expected[len(PROMPT)], 0)
+    asked = itertools.chain([False, False], itertools.repeat(True))  # before the last chunk of three
+    assert not engine.generate(other, configuration, 20, keep=250, ended=lambda: next(asked)).tokens
+    result = engine.generate(other[:70], configuration, 20, keep=250)  # what was marked is of the prompt before
+    assert (result.tokens, result.cached_tokens) == (expected[70], 0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_conversations_in_several_caches_keep_their_steps_until_memory_runs_out(
+    monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    recorded: list[int] = []
+    record = graph.StepRunner._record
+    monkeypatch.setattr(graph.StepRunner, "_record", lambda self, size: recorded.append(size) or record(self, size))
+    engine = make_engine(attention=attention)
+    words = ("static", "quantized-8")
+    configurations = [
+        Configuration(cache=cache, draft="draft", depth=3, launch="graph", attention=attention) for cache in words
+    ]
+    texts = [engine.generate(PROMPT, configuration, 20, keep=400).tokens for configuration in configurations]
+    recorded.clear()
+    assert [engine.generate(PROMPT, chosen, 20, keep=400).tokens for chosen in configurations] == texts
+    assert not recorded
+    engine.recover()
+    for chosen, text in zip(configurations, texts, strict=True):
+        assert engine.generate(PROMPT, chosen, 20, keep=400).tokens == text
+        assert {(role, key[0]) for role, key in engine._recordings.kept} == {
+            ("target", chosen.cache),
+            ("draft", chosen.cache),
+        }
+
+
 def test_only_one_cache_is_kept_for_a_model() -> None:
     engine = make_engine()
     for cache in ("static", "quantized-4"):
         engine.generate(PROMPT, Configuration(cache=cache, draft="draft", depth=3, launch="graph"), 8)
         assert {runner.key[0] for runner in engine._recordings.kept.values()} == {cache}
     engine.generate(PROMPT, Configuration(cache="static", launch="graph"), 8)
-    assert set(engine._recordings.kept) == {"target"}
+    assert {role for role, _ in engine._recordings.kept} == {"target"}
     engine.generate(PROMPT, Configuration(), 8)
     assert not engine._recordings.kept
 
@@ -198,3 +257,21 @@ def test_graphs_give_the_eager_text_on_a_gpu(gpu_engine: Engine, cache: str) -> 
     assert gpu_engine.generate(PROMPT, eager.replace(launch="graph"), 130).tokens == expected
     speculative = eager.replace(draft="draft", depth=4, launch="graph")
     assert gpu_engine.generate(PROMPT, speculative, 130).tokens == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("launch", ["eager", "graph"])
+@pytest.mark.parametrize("cache", [*CACHES, "dynamic", "offloaded"])
+def test_conversations_go_on_on_a_gpu(gpu_engine: Engine, cache: str, launch: str) -> None:
+    if launch == "graph" and cache not in CACHES:
+        pytest.skip("only caches of fixed shape are recorded")
+    configuration = Configuration(cache=cache, draft="draft", depth=3, launch=launch, prefill_chunk=32)
+    fresh = Engine(gpu_engine.target, gpu_engine.draft, gpu_engine.group, "cuda")
+    history: list[int] = []
+    for turn, cached in ((PROMPT, 0), (PROMPT[:20], 64), (PROMPT[:60], 128)):
+        history += turn
+        result = gpu_engine.generate(history, configuration, 30, keep=400)
+        assert result.tokens == fresh.generate(history, configuration, 30, keep=400).tokens
+        assert result.cached_tokens >= cached
+        history += result.tokens
+        fresh.close()

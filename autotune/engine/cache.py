@@ -134,6 +134,48 @@ def rollback(cache: Cache, tokens: int) -> None:
                 layer.crop(-tokens)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A quantized cache after whole prefill chunks: its `tokens`, and copies of each layer's full-precision window.
+
+    What was stored in groups by then stays as it is, whatever follows. What follows is rounded differently when it is
+    decoded and when it is prefilled, so that a mark is the only state that a fresh start is sure to pass through.
+    """
+
+    tokens: int
+    chunk: int
+    windows: list[tuple[torch.Tensor, torch.Tensor] | None]
+
+
+def mark(cache: Cache, chunk: int) -> Mark | None:
+    """The state to come back to; None for a cache that keeps what it was given and can drop its newest tokens."""
+    if not _quantized(cache):
+        return None
+    return Mark(cache.get_seq_length(), chunk, [layer.window() for layer in layers(cache)])
+
+
+def resume(cache: Cache, tokens: int, chunk: int, marked: Mark | None) -> int:
+    """Go back to the longest state within the first `tokens` tokens that prefilling them in chunks would reach.
+
+    Returns how many tokens the cache then holds; at 0 it is to be restarted.
+    """
+    if tokens <= 0 or any(getattr(layer, "record_past", False) for layer in cache.layers):
+        return 0  # layers with a window have dropped what lies before it
+    if not _quantized(cache):
+        rollback(cache, cache.get_seq_length() - tokens)
+        return tokens
+    if marked is None or marked.tokens > tokens or marked.chunk != chunk:
+        return 0
+    for layer, window in zip(layers(cache), marked.windows, strict=True):
+        if window is not None:
+            layer.go_back(marked.tokens, *window)
+    return marked.tokens
+
+
+def _quantized(cache: Cache) -> bool:
+    return any(isinstance(layer, QuantizedLayer) for layer in cache.layers)
+
+
 def stored_bytes(cache: Cache) -> int:
     """What the cache holds on its device now, in bytes."""
     return sum(
@@ -331,6 +373,21 @@ class QuantizedLayer(_Preallocated):
         if tokens > self.recent:
             raise ValueError(f"{tokens} tokens cannot be rolled back: {self.recent} are in the window")
         self.recent -= tokens
+
+    def window(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Copies of the tokens in full precision [1, kv_heads, recent, head_dim]; None for a layer without any."""
+        if self.keys is None or self.values is None:
+            return None
+        return self.keys[:, :, : self.recent].clone(), self.values[:, :, : self.recent].clone()
+
+    def go_back(self, tokens: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """To `tokens` tokens, of which the newest were in the window as given."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.recent = keys.shape[2]
+        self.stored = tokens - self.recent
+        self.keys[:, :, : self.recent] = keys
+        self.values[:, :, : self.recent] = values
 
     def _store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         tokens = keys.shape[2]

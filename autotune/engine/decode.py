@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..config import Configuration, LoadGroup
 from .cache import stored_bytes
-from .graph import Recordings, check_launch
+from .graph import Recordings
 from .load import Progress, Unsupported, load_model
 from .runner import Runner
 
@@ -38,6 +38,7 @@ class Generation:
     proposed: int = 0
     accepted: int = 0
     verifications: int = 0
+    cached_tokens: int = 0  # of the prompt, from an earlier request
     cache_bytes: int = 0
     draft_cache_bytes: int = 0
 
@@ -91,22 +92,31 @@ class Engine:
         sampling: Sampling = Sampling(),
         stop: Collection[int] = (),
         on_tokens: Callable[[list[int]], None] = lambda tokens: None,
+        ended: Callable[[], bool] = lambda: False,
+        keep: int = 0,
     ) -> Generation:
-        """Continue `prompt` by at most `new_tokens` tokens, ending early at a token of `stop`."""
-        capacity = len(prompt) + new_tokens + configuration.depth + 1
+        """Continue `prompt` by at most `new_tokens` tokens, ending early at a token of `stop`.
+
+        `ended` is asked after every prefill chunk and step; once it is true, no other follows. With `keep` the caches
+        are made for that many tokens, kept, and gone on from where an earlier request with `keep` began as this one
+        does: its tokens are not prefilled again. The text is that of a fresh start (exactly in float32; in bf16 up to
+        rounding). A quantized cache goes on from the last whole prefill chunk of the prompt before, or from nothing.
+        """
+        capacity = max(keep, len(prompt) + new_tokens + configuration.depth + 1)
+        again = prompt if keep else None
         generator = torch.Generator(self.device).manual_seed(sampling.seed)
         began = time.perf_counter()
-        target = self._runner("target", configuration, capacity, (1, configuration.depth + 1))
-        drafter = self._drafter(configuration, prompt, capacity)
-        logits = target.prefill(prompt, configuration.prefill_chunk)
-        first = int(_choose(logits[-1], sampling, generator))
-        if drafter is not None:
-            drafter.start(prompt)
+        target, cached = self._runner("target", configuration, capacity, (1, configuration.depth + 1), again)
+        drafter = self._drafter(configuration, prompt, capacity, again)
+        logits = target.prefill(prompt, configuration.prefill_chunk, cached, again is not None, ended)
+        first = [] if logits is None else [int(_choose(logits[-1], sampling, generator))]
+        if drafter is not None and first:
+            drafter.start(prompt, ended)
         now = time.perf_counter()
-        result = Generation([first], now - began)
-        on_tokens([first])
+        result = Generation(first, now - began, cached_tokens=cached)
+        on_tokens(list(first))
         plain = _Plain(target, first, new_tokens, sampling, generator, self.ahead) if drafter is None else None
-        while len(result.tokens) < new_tokens and result.tokens[-1] not in stop:
+        while not ended() and len(result.tokens) < new_tokens and result.tokens[-1] not in stop:
             if plain is not None:
                 tokens = [plain.next()]
             else:
@@ -122,6 +132,10 @@ class Engine:
         result.cache_bytes = stored_bytes(target.cache)
         if isinstance(drafter, _ModelDraft):
             result.draft_cache_bytes = stored_bytes(drafter.runner.cache)
+        if keep:
+            target.hold(prompt + result.tokens)
+            if isinstance(drafter, _ModelDraft):
+                drafter.runner.hold(prompt + result.tokens)
         return result
 
     def _step(
@@ -156,30 +170,35 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the caches and graphs that are kept for further requests."""
-        self._recordings.drop("target")
-        self._recordings.drop("draft")
+        self._recordings.close()
+
+    def recover(self) -> None:
+        """Memory ran out: let go of all that is kept, and keep no more than one cache for a model from now on."""
+        self._recordings.several = False
+        self.close()
 
     def _drafter(
-        self, configuration: Configuration, prompt: list[int], capacity: int
+        self, configuration: Configuration, prompt: list[int], capacity: int, again: list[int] | None
     ) -> _ModelDraft | _PromptLookup | None:
         if configuration.depth == 0:
             return None
         if configuration.draft == "prompt-lookup":
             return _PromptLookup(prompt, self.device)
-        assert self.draft is not None
-        return _ModelDraft(self._runner("draft", configuration, capacity, (1, 2)), configuration.prefill_chunk)
+        runner, cached = self._runner("draft", configuration, capacity, (1, 2), again)
+        return _ModelDraft(runner, configuration.prefill_chunk, cached, again is not None)
 
-    def _runner(self, role: str, configuration: Configuration, capacity: int, sizes: tuple[int, ...]) -> Runner:
-        """A runner for one request of at most `capacity` tokens, whose steps mostly take `sizes` tokens."""
+    def _runner(
+        self,
+        role: str,
+        configuration: Configuration,
+        capacity: int,
+        sizes: tuple[int, ...],
+        again: list[int] | None = None,
+    ) -> tuple[Runner, int]:
+        """A runner for one request of at most `capacity` tokens, and how many tokens of `again` it holds already."""
         model = self.target if role == "target" else self.draft
         assert model is not None
-        if check_launch(configuration, self.group, self.device):
-            if role == "target" and (configuration.depth == 0 or not configuration.has_draft_model):
-                self._recordings.drop("draft")
-            return self._recordings.runner(role, model, configuration, capacity, sizes, self.device, self.group)
-        self.close()
-        embeddings = self.group.embeddings if role == "target" else "device"
-        return Runner(model, configuration.cache, capacity, self.device, embeddings)
+        return self._recordings.runner(role, model, configuration, capacity, sizes, self.device, self.group, again)
 
     @torch.inference_mode()
     def score(
@@ -190,8 +209,10 @@ class Engine:
         The prompt is prefilled in the configuration's chunks, then the continuation is fed `step` tokens at a time.
         Returns [len(continuation), vocab] on the host, in the model's dtype.
         """
-        target = self._runner("target", configuration, len(prompt) + len(continuation), (step,))
-        rows = [target.prefill(prompt, configuration.prefill_chunk)[-1:].cpu()]
+        target, _ = self._runner("target", configuration, len(prompt) + len(continuation), (step,))
+        logits = target.prefill(prompt, configuration.prefill_chunk)
+        assert logits is not None
+        rows = [logits[-1:].cpu()]
         for begin in range(0, len(continuation) - 1, step):
             tokens = torch.tensor(continuation[begin : min(begin + step, len(continuation) - 1)], device=self.device)
             rows.append(target.feed(tokens).cpu())
@@ -216,14 +237,14 @@ class _Plain:
     def __init__(
         self,
         target: Runner,
-        first: int,
+        first: list[int],
         new_tokens: int,
         sampling: Sampling,
         generator: torch.Generator,
         ahead: bool,
     ) -> None:
         self.target, self.sampling, self.generator, self.ahead = target, sampling, generator, ahead
-        self.newest = torch.tensor([first], device=target.device)
+        self.newest = torch.tensor(first, device=target.device)
         self.left = new_tokens - 1  # steps that may still be launched
         self.waiting: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
 
@@ -251,12 +272,12 @@ class _Plain:
 class _ModelDraft:
     """A draft model with a cache of its own. `unseen` are accepted tokens that its cache does not hold yet."""
 
-    def __init__(self, runner: Runner, chunk: int):
-        self.runner, self.chunk = runner, chunk
+    def __init__(self, runner: Runner, chunk: int, cached: int, marking: bool):
+        self.runner, self.chunk, self.cached, self.marking = runner, chunk, cached, marking
         self.seen = 0  # accepted tokens of the result that are in the cache
 
-    def start(self, prompt: list[int]) -> None:
-        self.runner.prefill(prompt, self.chunk)
+    def start(self, prompt: list[int], ended: Callable[[], bool] = lambda: False) -> None:
+        self.runner.prefill(prompt, self.chunk, self.cached, self.marking, ended)
 
     def propose(
         self, tokens: list[int], depth: int, sampling: Sampling, generator: torch.Generator
@@ -295,7 +316,7 @@ class _PromptLookup:
         self.indexed = 0
         self.taken = 0
 
-    def start(self, prompt: list[int]) -> None:
+    def start(self, prompt: list[int], ended: Callable[[], bool] = lambda: False) -> None:
         self._index()
 
     def _index(self) -> None:

@@ -6,7 +6,8 @@ is preallocated, and its lengths are tensors that are set before each replay. Th
 checks that the tokens fit before they are launched, since a write past the end would poison the process.
 
 Steps are recorded when they are first needed. They belong to one cache, so both are kept for the requests that follow
-with the same cache word and about the same length. Prompts are still fed eagerly, into the same cache.
+with the same cache word and about the same length; and so is any cache that a conversation may go on from. Prompts are
+still fed eagerly, into the same cache.
 """
 
 from __future__ import annotations
@@ -59,11 +60,19 @@ def bucket(tokens: int) -> int:
     return -(-tokens // size) * size
 
 
+Key = tuple[str, str, str, int]  # the words for cache, launch and attention, and the capacity
+
+
 @dataclass
 class Recordings:
-    """What an engine keeps between requests: at most one runner for its target and one for its draft."""
+    """What an engine keeps between requests: the newest runner of its target and of its draft.
 
-    kept: dict[str, StepRunner] = field(default_factory=dict)
+    For requests that go on from earlier ones (`again`) runners without recorded steps are kept as well, and with
+    `several` one for each key.
+    """
+
+    kept: dict[tuple[str, Key], Runner] = field(default_factory=dict)
+    several: bool = True
 
     def runner(
         self,
@@ -74,21 +83,46 @@ class Recordings:
         sizes: tuple[int, ...],
         device: str,
         group: LoadGroup,
-    ) -> StepRunner:
-        """The runner for a request of at most `capacity` tokens, whose steps mostly take `sizes` tokens."""
-        key = (configuration.cache, configuration.launch, group.attention, bucket(capacity))
-        kept = self.kept.get(role)
-        if kept is None or kept.key != key:
-            self.drop(role)
-            kept = StepRunner(model, key, device, group.embeddings if role == "target" else "device")
-            self.kept[role] = kept
-        kept.start(sizes)
-        return kept
+        again: list[int] | None = None,
+    ) -> tuple[Runner, int]:
+        """The runner for a request of at most `capacity` tokens, whose steps mostly take `sizes` tokens.
 
-    def drop(self, role: str) -> None:
-        kept = self.kept.pop(role, None)
-        if kept is not None:
-            kept.close()
+        Also how many tokens it holds already of the prompt `again`.
+        """
+        embeddings = group.embeddings if role == "target" else "device"
+        recorded = check_launch(configuration, group, device)
+        if again is None and not recorded:
+            self.close()
+            return Runner(model, configuration.cache, capacity, device, embeddings), 0
+        if recorded:
+            capacity = bucket(capacity)
+        elif configuration.cache != "static" and not configuration.cache.startswith("quantized-"):
+            capacity = 0  # it grows as it must
+        key = (configuration.cache, configuration.launch, group.attention, capacity)
+        if again is None or not self.several:
+            self.drop(role, but=key)
+            if role == "target" and (configuration.depth == 0 or not configuration.has_draft_model):
+                self.drop("draft")
+        kept = self.kept.pop((role, key), None)
+        cached = kept.resume(again, configuration.prefill_chunk) if kept is not None and again is not None else 0
+        if recorded:
+            kept = kept or StepRunner(model, key, device, embeddings)
+            assert isinstance(kept, StepRunner)
+            kept.start(sizes, cached)
+        elif not cached:
+            kept = None  # its memory goes before the next is made
+            kept = Runner(model, configuration.cache, capacity, device, embeddings)
+        assert kept is not None
+        self.kept[role, key] = kept
+        return kept, cached
+
+    def drop(self, role: str, but: Key | None = None) -> None:
+        for place in [place for place in self.kept if place[0] == role and place[1] != but]:
+            self.kept.pop(place).close()
+
+    def close(self) -> None:
+        self.drop("target")
+        self.drop("draft")
 
 
 @dataclass(frozen=True)
@@ -100,8 +134,7 @@ class _Step:
 class StepRunner(Runner):
     """A runner whose short steps are replayed; longer ones, such as the prompt, run eagerly."""
 
-    def __init__(self, model: PreTrainedModel, key: tuple[str, str, str, int], device: str, embeddings: str) -> None:
-        """`key` is the words for cache, launch and attention, and the capacity."""
+    def __init__(self, model: PreTrainedModel, key: Key, device: str, embeddings: str) -> None:
         cache, self.launch, self.attention, capacity = self.key = key
         super().__init__(model, cache, capacity, device, embeddings, spare=LONGEST)
         # One memory pool for all its graphs, which never run at the same time; it ends with the last of them.
@@ -112,7 +145,6 @@ class StepRunner(Runner):
         self.fusion = Fusion(model).applied if self.launch == "graph" else nullcontext
         self.steps: dict[int, _Step] = {}
         self.sizes: tuple[int, ...] = ()
-        self._bind(self.cache)
 
     def _bind(self, cache: Any) -> None:
         if self.attention == "split_kv":
@@ -120,10 +152,13 @@ class StepRunner(Runner):
 
             bind(self.model, cache)
 
-    def start(self, sizes: tuple[int, ...]) -> None:
-        """Begin a request: an empty cache, and steps of `sizes` tokens to which shorter ones are padded."""
-        restart(self.cache)
+    def start(self, sizes: tuple[int, ...], cached: int = 0) -> None:
+        """Begin a request with `cached` tokens in the cache, and steps of `sizes` to which shorter ones are padded."""
+        if not cached:
+            restart(self.cache)
+            self.held, self.mark = [], None
         self.sizes = sizes
+        self._bind(self.cache)
 
     def close(self) -> None:
         self.steps.clear()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import takewhile
+
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .cache import make_cache, rollback, room, settle
+from .cache import Mark, make_cache, mark, resume, rollback, room, settle
 
 
 class Runner:
@@ -17,6 +20,8 @@ class Runner:
     ) -> None:
         self.model, self.device, self.capacity = model, device, capacity
         self.cache: Cache = make_cache(cache, model.config, capacity, device, spare)
+        self.held: list[int] = []  # the tokens that the cache is known to hold, between requests
+        self.mark: Mark | None = None
         self.host_embeddings = model.get_input_embeddings() if embeddings == "host" and device != "cpu" else None
 
     @property
@@ -34,13 +39,43 @@ class Runner:
         output = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
         return output.logits[0]  # type: ignore[no-any-return]
 
-    def prefill(self, prompt: list[int], chunk: int) -> torch.Tensor:
-        """Feed the prompt in chunks; only the last position's logits are ever computed."""
-        tokens = torch.tensor(prompt, device=self.device)
-        for part in tokens.split(chunk or len(prompt)):
+    def prefill(
+        self,
+        prompt: list[int],
+        chunk: int,
+        cached: int = 0,
+        marking: bool = False,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> torch.Tensor | None:
+        """Feed the prompt behind its first `cached` tokens in chunks; only the last position's logits are computed.
+
+        With `marking` the state before the last chunk is kept, for the prompt that goes on from this one. None where
+        it `ended` between two chunks.
+        """
+        logits = None
+        parts = torch.tensor(prompt[cached:], device=self.device).split(chunk or len(prompt))
+        for part in parts:
+            if ended():
+                return None
+            if marking and part is parts[-1]:
+                self.mark = None  # not two at a time
+                self.mark = mark(self.cache, chunk)
             logits = self._forward(part, keep=1)
             self.settle()
         return logits
+
+    def resume(self, prompt: list[int], chunk: int) -> int:
+        """Go back to what the cache holds of the prompt as a fresh start would have it: so many tokens, 0 for nothing.
+
+        At least the last token is left to be fed: its logits are not kept.
+        """
+        held, self.held = self.held, []
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, prompt[:-1], strict=False)))
+        return resume(self.cache, common, chunk, self.mark)
+
+    def hold(self, tokens: list[int]) -> None:
+        """The request is over: of what the cache holds, `tokens` are known."""
+        self.held = tokens[: self.cache.get_seq_length()]
 
     def settle(self) -> None:
         settle(self.cache)
@@ -48,3 +83,6 @@ class Runner:
     def rollback(self, tokens: int) -> None:
         rollback(self.cache, tokens)
         settle(self.cache)
+
+    def close(self) -> None:
+        """Let go of what belongs to the cache."""

@@ -113,6 +113,14 @@ def process_bytes(device: str, pid: int) -> int | None:
     return None
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an exception says that an allocation failed, on the GPU or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def module_bytes(module: nn.Module | None) -> int:
     """Bytes of the device storages behind a module's parameters and buffers, packed and nested ones included."""
     if module is None:
