@@ -5,8 +5,8 @@ Every prompt is answered once alone, greedily. Then the callers ask for random o
 compared with the first, token for token. One that differs from its own and begins as another prompt's does is mixed up.
 Any other difference is counted as differing: in bfloat16 a tie may tip another way where a cache was reused.
 
-The footprint is witnessed as in a trial, by a thread beside the engine; where NVML does not list the process, it is
-what the engine's own meter reads. Exit code 1 where a request was lost or mixed up, or the budget was exceeded.
+The footprint is witnessed as in a trial, by a thread beside the engine. Exit code 1 where a request was lost or mixed
+up, or the budget was exceeded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import click
 
 from autotune.config import mib
 from autotune.deploy import LLM, deploy
+from autotune.policy import read_policy
 from autotune.trial import Witness
 
 ALIKE = 16  # tokens in which the beginnings of two answers have to agree to be taken for the same answer
@@ -43,7 +44,6 @@ class Tally:
     differing: list[int] = field(default_factory=list)
     rules: Counter[int] = field(default_factory=Counter)
     rates: list[float] = field(default_factory=list)
-    metered: int = 0  # highest of the engine's own meter since it was last set to 0
 
     def judge(self, number: int, answer: list[int], alone: list[list[int]]) -> None:
         """Compare the answer to prompt `number` with what every prompt was answered alone."""
@@ -77,7 +77,7 @@ def ask(llm: LLM, prompt: list[int]) -> Any:
 
 
 def soak(
-    llm: LLM, prompts: list[list[int]], minutes: float, callers: int, seed: int, witness: Witness | None
+    llm: LLM, prompts: list[list[int]], minutes: float, callers: int, seed: int, witness: Witness
 ) -> tuple[Tally, list[tuple[float, int]]]:
     """The tally, and every few seconds (seconds, highest footprint in bytes since the entry before)."""
     alone = [list(ask(llm, prompt).generation.tokens) for prompt in prompts]
@@ -100,36 +100,29 @@ def soak(
                 tally.tokens += len(generation.tokens)
                 tally.rules[request.rule.max_context_tokens] += 1
                 tally.rates.append(len(generation.tokens) / (generation.ttft_s + generation.decode_s))
-                tally.metered = max(tally.metered, request.peak_bytes)
                 tally.judge(number, list(generation.tokens), alone)
 
     threads = [threading.Thread(target=call, args=(caller,), daemon=True) for caller in range(callers)]
     footprints = []
-    if witness:
-        witness.begin()
+    witness.begin()
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads) and time.perf_counter() < end + PATIENCE_S:
         time.sleep(min(5.0, 60 * minutes / 12))
-        footprints.append((time.perf_counter() - began, witness.peak if witness else tally.metered))
-        tally.metered = 0
-        if witness:
-            witness.begin()
+        footprints.append((time.perf_counter() - began, witness.peak))
+        witness.begin()
     tally.lost += ["it never came back"] * sum(thread.is_alive() for thread in threads)
     return tally, footprints
 
 
-def start_witness(device: str) -> Witness | None:
-    """None where NVML does not tell what this process holds."""
+def start_witness(device: str) -> Witness:
+    """To be begun before the model is loaded: NVML may only tell how much more the device holds since then."""
     uuid = None
     if device.startswith("cuda"):
         import torch
 
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+        uuid = f"GPU-{str(torch.cuda.get_device_properties(device).uuid).removeprefix('GPU-')}"
     witness = Witness(os.getpid(), uuid)
-    if witness.instrument.startswith("NVML, whole device"):
-        return None
     witness.start()
     return witness
 
@@ -145,8 +138,8 @@ def main(policy: Path, minutes: float, callers: int, text: Path | None, count: i
     """Ask a deployed policy for minutes on end, and compare every answer with the one given alone."""
     from autotune.demo import held_out_text
 
+    witness = start_witness(str(read_policy(policy).environment.get("device_word", "cpu")))
     llm = deploy(policy)
-    witness = start_witness(llm.device)
     prompts = pool(llm, text.read_text(encoding="utf-8") if text else held_out_text(), count, random.Random(seed))
     tally, footprints = soak(llm, prompts, minutes, callers, seed, witness)
     minute = min(60.0, 30 * minutes)
@@ -162,7 +155,7 @@ def main(policy: Path, minutes: float, callers: int, text: Path | None, count: i
         "median_tokens_per_s": statistics.median(tally.rates) if tally.rates else None,
         "requests_per_rule": {str(limit): tally.rules[limit] for limit in sorted(tally.rules)},
         "longest_prompt_tokens": max(map(len, prompts)),
-        "instrument": witness.instrument if witness else "the process's own meter",
+        "instrument": witness.instrument,
         "budget_bytes": budget,
         "peak_bytes": peak,
         "first_minute_peak_bytes": max(bytes_ for at, bytes_ in footprints if at <= minute or at == footprints[0][0]),
