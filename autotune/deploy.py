@@ -146,25 +146,30 @@ class Stream(Iterator[str]):
             if piece is not None:
                 return piece
             self._over = True
-            self.request = self._running.result()
+            self._take()
         raise StopIteration
 
     def close(self) -> None:
-        """End decoding within one step; returns when the next caller can be served. Pieces not yet read are lost."""
+        """End decoding within one step; returns when the next caller can be served. Pieces not yet read are lost.
+
+        Any thread may close it: one that is waiting for the next piece gets the end.
+        """
         if not self._over:
             self._over = True
-            if self._leave():
-                self.request = self._unserved
-            elif self._running.exception() is None:  # waits for it
-                self.request = self._running.result()
+            self._leave()
+            if self._running.cancelled() or self._running.exception() is None:  # waits for it
+                self._take()
 
     def __del__(self) -> None:
         self._leave()  # never waits: the thread that decodes may be the one that collects
 
-    def _leave(self) -> bool:
-        """Whether it had not begun, and never will."""
+    def _leave(self) -> None:
         self._text.closed = True
-        return self._running.cancel()
+        if self._running.cancel():  # it had not begun, and never will
+            self._text.pieces.put(None)
+
+    def _take(self) -> None:
+        self.request = self._unserved if self._running.cancelled() else self._running.result()
 
 
 class LLM:
