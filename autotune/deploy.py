@@ -11,10 +11,10 @@ from queue import Queue
 import torch
 from transformers import AutoTokenizer
 
-from .config import mib
+from .config import LoadGroup, mib
 from .engine.decode import Engine, Generation, Sampling
 from .measure.memory import Meter
-from .policy import Policy, PolicyError, Rule, read_policy, to_configuration
+from .policy import Policy, PolicyError, Rule, read_policy
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,21 @@ class LLM:
         self.policy, self.device = policy, device
         self._lock = threading.Lock()
         self._meter = Meter(device, policy.budget_bytes)
-        folder = policy.model.path
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        group = to_configuration(policy.load, policy.rules[-1].settings).load_group
-        self._engine = Engine.load(folder, group, device)
+        self.tokenizer = AutoTokenizer.from_pretrained(policy.model.path, local_files_only=True)
+        self._group: LoadGroup | None = None
+        self._ready(policy.rules[-1])
+
+    def _ready(self, rule: Rule) -> None:
+        """Hold what the rule loads. What was held before goes first, so that the budget holds."""
+        group = self.policy.configuration(rule).load_group
+        if group == self._group:
+            return
+        self._group = None
+        vars(self).pop("_engine", None)
+        self._meter.begin()
+        self._engine = Engine.load(self.policy.model.path, group, self.device)
         self._load_peak = self._meter.peaks()["peak_bytes"] or 0
+        self._group = group
 
     def generate(self, prompt: str, *, new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> str:
         """The prompt's continuation. Raises PolicyError for a prompt past the longest that was measured."""
@@ -77,6 +87,7 @@ class LLM:
     def _stream(self, tokens: list[int], rule: Rule, new_tokens: int, sampling: Sampling) -> Iterator[str]:
         queue: Queue[list[int] | None] = Queue()
         answer: list[Generation | BaseException] = []
+        self._ready(rule)
 
         def work() -> None:
             try:
