@@ -408,8 +408,9 @@ def _reserve(search: Search, request: Request, reference_s: float) -> float:
         fastest = (max(side, key=lambda r: r.tokens_per_s or 0) for side in sides if side)
         seconds += sum(r.measure_s or 0 for r in fastest)
     load = max((r.load_s or 0 for r in search.known.values()), default=0) + 6
-    finals = FINAL_ROUNDS * (_CARE_OVER_LOOK * seconds + 2 * load)
     chosen = choose(list(search.known.values()), search.workload, request.reloads)
+    loads = 1 + max(1, len({configuration.load_group for configuration in chosen.values()}))
+    finals = FINAL_ROUNDS * (_CARE_OVER_LOOK * seconds + loads * load)
     looks = [
         _seconds(search, [(chosen[low], high), (chosen[high], high), (chosen[low], high)], load=True)
         for low, high in _changes(chosen, search.workload)

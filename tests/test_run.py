@@ -480,6 +480,28 @@ def test_nothing_is_looked_for_between_equal_choices_different_loads_or_where_on
     assert (looked.looks, looked.found) == ([], {})
 
 
+@pytest.mark.parametrize("reloads", [False, True])
+def test_what_is_stock_at_the_longest_context_is_measured_at_the_others_for_they_may_have_to_share_it(
+    tmp_path: Path, reloads: bool
+) -> None:
+    large, small, fast = Configuration(), Configuration(weights="bnb-nf4"), Configuration(weights="quanto-int4")
+
+    def measure(configuration: Configuration, context: int, stage: str) -> Record:
+        outcome = "over_budget" if (configuration, context) == (large, HIGH) else "ok"
+        return synthetic_record(configuration, context, outcome=outcome, stage=stage)  # type: ignore[arg-type]
+
+    studies = Studies(f"sqlite:///{tmp_path / 'study.db'}", "run", {}, (LOW, HIGH), 0)
+    workload, space = Workload(contexts=(LOW, HIGH)), Space({"cache": ("static", "dynamic")})
+    search = Search(space, workload, Budget(10**9), studies, measure, lambda c, context: "", time.monotonic() + 60)
+    search.baseline([large, small])
+    for context in (LOW, HIGH):
+        search.measured(fast, context)
+    chosen, baselines = run._finalists(search, [large, small], reloads)
+    assert baselines == {LOW: large, HIGH: small}
+    assert ((small, LOW) in search.known) == (not reloads)
+    assert set(chosen) == {LOW, HIGH}
+
+
 @given(st.sets(st.integers(1, 10**5), min_size=1, max_size=5))
 def test_inputs_are_cut_for_every_length_that_a_boundary_may_have(contexts: set[int]) -> None:
     lengths = run._lengths(contexts)
