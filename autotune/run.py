@@ -261,7 +261,10 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
                 path=str(tokens),
             )
             weights = "checkpoint" if shape.prequantized else info["environment"]["full_precision"]
-            info["reference"] = {"weights": weights, **_score_reference(worker, request, weights, references)}
+            info["reference"] = {
+                "weights": weights,
+                **_score_reference(worker, request.model, weights, Inputs(str(tokens), references)),
+            }
         except WorkerFailed as failure:
             raise RunError(f"preparing the run failed ({failure.outcome}): {failure.reason}") from None
         finally:
@@ -280,14 +283,12 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
     return info, space
 
 
-def _score_reference(
-    worker: WorkerProcess, request: Request, weights: str, references: dict[int, str]
-) -> dict[str, Any]:
-    """Keep the unquantized model's logits at every length; returns how it was loaded and what all of it took."""
+def _score_reference(worker: WorkerProcess, model: Path, weights: str, inputs: Inputs) -> dict[str, Any]:
+    """Keep the unquantized model's logits where `inputs` has them; returns how it was loaded and what it took."""
     began = time.monotonic()
-    how = worker.request("load_reference", 1800, model=str(request.model), weights=weights)["how"]
-    for length, path in references.items():
-        worker.request("reference", 1800, inputs=str(request.out / "inputs.npz"), context=length, path=path)
+    how = worker.request("load_reference", 1800, model=str(model), weights=weights)["how"]
+    for length, path in inputs.references.items():
+        worker.request("reference", 1800, inputs=inputs.tokens, context=length, path=path)
     return {"how": how, "took_s": round(time.monotonic() - began, 3)}
 
 
@@ -505,21 +506,22 @@ def _boundaries(
             found[length] = ours
     unscored = [length for length in found if search.known[found[length], length].perplexity_ratio is None]
     if unscored:
-        references = {length: str(request.out / f"reference-{length}.npy") for length in unscored}
+        assert trials.inputs is not None
+        paths = {length: str(request.out / f"reference-{length}.npy") for length in unscored}
+        between = Inputs(trials.inputs.tokens, paths)
         trials.close()
         worker = trials.uncapped()
         try:
-            _score_reference(worker, request, info["reference"]["weights"], references)
+            _score_reference(worker, request.model, info["reference"]["weights"], between)
         except WorkerFailed as failure:
             watch.note(f"no boundary between contexts: the reference could not be scored there ({failure.reason})")
             return {}
         finally:
             worker.kill()
-        assert trials.inputs is not None
-        trials.inputs.references.update(references)
+        trials.inputs.references.update(paths)
         for length in unscored:
             search.measured(found[length], length, "boundary", again=True)
-            Path(references[length]).unlink()
+            Path(paths[length]).unlink()
     return {length: ours for length, ours in found.items() if search.known[ours, length].outcome == "ok"}
 
 
@@ -548,8 +550,6 @@ def _bisect(search: Search, lower: tuple[int, Configuration], upper: tuple[int, 
             continue
         first, second = (search.measured(configuration, length, "boundary") for configuration in (ours, theirs))
         sound = [record.outcome == "ok" for record in (first, second)]
-        if not any(sound):
-            break
         one_sided = (math.inf,) * 3 if sound[0] else (0.0,) * 3
         _, least, most = speedup([first], [second], search.workload.objective) if all(sound) else one_sided
         left, right = (left, middle) if most < 1 else (middle, right)

@@ -432,7 +432,8 @@ def test_a_change_right_after_the_context_needs_no_rule_of_its_own(tmp_path: Pat
     ("outcomes", "end"),
     [
         ({"static_1536": "over_budget", "static_2048": "over_budget"}, 1280),
-        ({"dynamic_1536": "wrong_output", "dynamic_2048": "ok"}, 2304),
+        ({"dynamic_1536": "wrong_output"}, 2304),
+        ({"static_1536": "wrong_output", "dynamic_1536": "wrong_output"}, 1280),
     ],
 )
 def test_a_rule_does_not_reach_to_where_its_settings_fail_nor_begin_where_the_next_ones_do(
