@@ -164,7 +164,7 @@ def test_the_same_command_continues_a_killed_run_and_measures_nothing_twice(
     assert set(counts.values()) == {1}
     assert sum(counts.values()) >= killed[1] + 3
     assert "trying weights" not in said
-    assert "scoring the reference" not in said
+    assert not [context for context in (64, 128) if f"scoring the reference at {context} tokens" in said]
 
 
 def test_a_run_writes_a_policy_that_its_schema_and_its_reader_take(finished: tuple[Path, str]) -> None:
