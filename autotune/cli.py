@@ -17,7 +17,7 @@ from . import __version__
 from .config import OBJECTIVES, Budget, Workload, mib, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
-    from .policy import Policy
+    from .policy import Load, Policy
     from .run import Request
 
 EXAMPLES = {
@@ -51,6 +51,28 @@ class _Contexts(click.ParamType[tuple[int, ...]]):
             return tuple(sorted({parse_tokens(part) for part in value.split(",")}))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class _Mix(click.ParamType[dict[int, float]]):
+    name = "shares"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[int, float]:
+        if isinstance(value, dict):
+            return value
+        shares: dict[int, float] = {}
+        for part in value.split(","):
+            length, _, share = part.partition(":")
+            if not re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*", share) or not 0 < float(share) < float("inf"):
+                self.fail(f"'{part}' is not a length with its share; write it like 512:0.7,4k:0.3", param, ctx)
+            try:
+                tokens = parse_tokens(length)
+            except ValueError as error:
+                self.fail(str(error), param, ctx)
+            if tokens in shares:
+                self.fail(f"{length} is there twice", param, ctx)
+            shares[tokens] = float(share)
+        total = sum(shares.values())
+        return {length: shares[length] / total for length in sorted(shares)}
 
 
 class _Tokens(click.ParamType[int]):
@@ -93,7 +115,9 @@ def _inputs(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--model", metavar="ID|DIR", help="Model folder or Hugging Face ID. Default: the bundled pair."),
         click.option("--draft", "drafts", multiple=True, metavar="ID|DIR", help="A draft model; may be repeated."),
         click.option("--budget", type=_Size(), required=True, help="The most memory that the process may hold: 6.5GB."),
-        click.option("--contexts", type=_Contexts(), default="512,2k,4k", show_default=True, help="Prompt lengths."),
+        click.option("--contexts", type=_Contexts(), help="Prompt lengths. Default: those of --mix, else 512,2k,4k."),
+        click.option("--mix", type=_Mix(), help="Each length's share of the requests: 512:0.7,4k:0.3."),
+        click.option("--reloads", is_flag=True, help="Let each context load weights of its own where that is faster."),
         click.option("--new-tokens", type=_Tokens(), default="128", show_default=True, help="Generated per request."),
         click.option("--space", default="default", show_default=True, metavar="NAME|FILE", help="The search space."),
         click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text that quality is measured on."),
@@ -313,8 +337,15 @@ def _request(options: dict[str, Any]) -> Request:
     prompts = options["prompts"]
     if prompts is not None:
         _check_prompts(prompts)
+    mix = options["mix"] or {}
+    contexts = options["contexts"] or tuple(mix) or Workload.contexts
+    if mix and tuple(mix) != contexts:
+        raise click.UsageError("--mix and --contexts name different lengths: leave out --contexts, or give the same")
+    if options["objective"] == "decode" and options["new_tokens"] < 2:
+        raise click.UsageError("--objective decode needs --new-tokens 2 or more: the first token comes of the prefill")
     workload = Workload(
-        contexts=options["contexts"],
+        contexts=contexts,
+        mix=tuple(mix.values()),
         new_tokens=options["new_tokens"],
         objective=options["objective"],
         max_quality_loss=options["max_quality_loss"],
@@ -339,6 +370,7 @@ def _request(options: dict[str, Any]) -> Request:
             timeout_s=options["timeout"],
             trials=options["trials"],
             storage=options["storage"],
+            reloads=options["reloads"],
             seed=options["seed"],
         )
     except PlanError as error:
@@ -422,10 +454,11 @@ def _print_policy(policy: Policy, console: Any) -> None:
     """What was chosen per context, for a person."""
     from rich.table import Table
 
-    table = Table(title=f"load: {_load_text(policy)}", title_justify="left", header_style="bold")
+    table = Table(title=f"load: {_load_text(policy.load)}", title_justify="left", header_style="bold")
     for column in ("up to", "settings", "tokens/s", "baseline", "times", "peak of budget", "quality loss"):
         table.add_column(column, justify="left" if column == "settings" else "right")
     stock = {entry.context_tokens: entry for entry in policy.baseline}
+    asked = policy.workload["contexts"]
     for rule in policy.rules:
         expected, base = rule.expected, stock.get(rule.max_context_tokens)
         low, high = expected.tokens_per_s_interval
@@ -435,11 +468,16 @@ def _print_policy(policy: Policy, console: Any) -> None:
             f", {settings.draft} x {settings.depth}" if settings.depth else ""
         )
         text += f", chunks of {settings.prefill_chunk}" if settings.prefill_chunk else ""
+        text += f"; loads {_load_text(rule.load)}" if rule.load else ""
         table.add_row(
             str(rule.max_context_tokens),
             text,
             f"{expected.tokens_per_s:.1f} ({low:.1f}-{high:.1f})",
-            f"{base.expected.tokens_per_s:.1f}" if base else "does not fit",
+            f"{base.expected.tokens_per_s:.1f}"
+            if base
+            else "does not fit"
+            if rule.max_context_tokens in asked
+            else "-",
             "tie" if rule.tie else f"{rule.speedup:.2f}" if rule.speedup else "-",
             f"{mib(expected.peak_bytes)} ({expected.peak_bytes / policy.budget_bytes:.0%})",
             loss,
@@ -447,13 +485,20 @@ def _print_policy(policy: Policy, console: Any) -> None:
     console.print(table)
     for rule in policy.rules:
         console.print(f"up to {rule.max_context_tokens}: {rule.note}", markup=False, highlight=False)
-    for context in policy.workload["contexts"]:
+    alone = [(rule.max_context_tokens, rule.unrestricted) for rule in policy.rules if rule.unrestricted]
+    if policy.rules[0].reload_s is None:
+        shares = ", ".join(f"{1 / fastest.gain:.0%} at {length}" for length, fastest in alone)
+        line = f"one load reaches {shares} of what was fastest there in the search, whatever it loads"
+    else:
+        times = ", ".join(f"{rule.reload_s:.1f} s at {rule.max_context_tokens}" for rule in policy.rules)
+        line = f"changing from one load to another takes {times}"
+    console.print(line, markup=False, highlight=False)
+    for context in asked:
         if context > policy.rules[-1].max_context_tokens:
             console.print(f"{context}: nothing that was measured was feasible; the report says why", markup=False)
 
 
-def _load_text(policy: Policy) -> str:
-    load = policy.load
+def _load_text(load: Load) -> str:
     text = f"{load.weights} weights, {load.lm_head} lm_head, {load.attention} attention"
     text += ", embeddings in host memory" if load.embeddings == "host" else ""
     return text + (f", draft {Path(load.draft).name} in {load.draft_weights}" if load.draft != "none" else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -23,6 +24,7 @@ Outcome = Literal[
 Objective = Literal["end-to-end", "decode", "ttft"]
 OUTCOMES: tuple[Outcome, ...] = Outcome.__args__  # type: ignore[attr-defined]
 OBJECTIVES: tuple[Objective, ...] = Objective.__args__  # type: ignore[attr-defined]
+_FIGURES: dict[Objective, str] = {"end-to-end": "tokens_per_s", "decode": "decode_tokens_per_s", "ttft": "ttft_s"}
 
 WEIGHTS = ("bf16", "fp32", "bnb-int8", "bnb-nf4", "bnb-fp4", "quanto-int8", "quanto-int4", "checkpoint")
 LM_HEADS = ("bf16", "fp32", "int8", "nf4")
@@ -112,6 +114,11 @@ class Configuration:
         stock = Configuration(weights=self.weights)
         return sum(getattr(self, f.name) != getattr(stock, f.name) for f in dataclasses.fields(self))
 
+    def differs_from(self, other: Configuration) -> str:
+        """The knobs in which it differs, as `knob=value, knob=value`."""
+        knobs = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+        return ", ".join(f"{knob}={str(getattr(self, knob)).rpartition('/')[2]}" for knob in knobs)
+
     def replace(self, **changes: Any) -> Configuration:
         return dataclasses.replace(self, **changes)
 
@@ -133,11 +140,17 @@ class Workload:
     """What is asked of the model: prompt lengths, new tokens per request, and where prompts and text come from."""
 
     contexts: tuple[int, ...] = (512, 2048, 4096)
+    mix: tuple[float, ...] = ()  # share of the requests that each context has, in sum 1; empty where nobody knows
     new_tokens: int = 128
     objective: Objective = "end-to-end"
     max_quality_loss: float = 0.05
     text: str | None = None  # file of evaluation text; None is the held-out text of the bundled pair
     prompts: str | None = None  # JSON Lines file with a "prompt" string a line; None cuts them from the text
+
+    def __post_init__(self) -> None:
+        """JSON has lists only."""
+        object.__setattr__(self, "contexts", tuple(self.contexts))
+        object.__setattr__(self, "mix", tuple(self.mix))
 
 
 @dataclass(frozen=True)
@@ -178,7 +191,7 @@ class Record:
     quality: dict[str, Any] = field(default_factory=dict)
     load_s: float | None = None
     measure_s: float | None = None
-    stage: str = "search"  # "baseline", "search" or "final" (a finalist measured again)
+    stage: str = "search"  # "baseline", "search", "final" (measured again) or "boundary" (between contexts)
     samples: tuple[dict[str, Any], ...] = ()
     machine: dict[str, Any] = field(default_factory=dict)  # clocks, temperature and load while it was measured
 
@@ -192,14 +205,15 @@ class Record:
 
     def rate(self, objective: Objective) -> float:
         """What the objective maximizes: tokens/s, or first tokens per second for `ttft`."""
-        value = {
-            "end-to-end": self.tokens_per_s,
-            "decode": self.decode_tokens_per_s,
-            "ttft": 1 / self.ttft_s if self.ttft_s else None,
-        }[objective]
+        value: float | None = getattr(self, _FIGURES[objective])
         if value is None:
             raise ValueError(f"a record with outcome {self.outcome} has no {objective} figure")
-        return value
+        return 1 / value if objective == "ttft" else value
+
+    def round_rates(self, objective: Objective) -> list[float]:
+        """What the objective maximizes, of every round that was timed."""
+        values = per_round(self.samples, _FIGURES[objective])
+        return [1 / value for value in values] if objective == "ttft" else values
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -209,6 +223,28 @@ class Record:
         known = {f.name for f in dataclasses.fields(cls)}
         data = {key: value for key, value in data.items() if key in known}
         return cls(**{**data, "configuration": Configuration(**data["configuration"])})
+
+
+def per_round(samples: Iterable[dict[str, Any]], name: str) -> list[float]:
+    """`tokens_per_s`, `decode_tokens_per_s` or `ttft_s` of every round of a record's samples."""
+    rounds: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples:
+        rounds.setdefault(sample["round"], []).append(sample)
+    return [overall(samples, name) for samples in rounds.values()]
+
+
+def overall(samples: list[dict[str, Any]], name: str) -> float:
+    """The same of all samples together: all tokens over all time. Decoding that took no step has the rate 0."""
+    ttft = sum(sample["ttft_s"] for sample in samples)
+    decode = sum(sum(sample["step_s"]) for sample in samples)
+    tokens = sum(sample["new_tokens"] for sample in samples)
+    match name:
+        case "tokens_per_s":
+            return float(tokens / (ttft + decode))
+        case "decode_tokens_per_s":
+            return float((tokens - len(samples)) / decode) if decode else 0.0
+        case _:
+            return float(ttft / len(samples))
 
 
 _BYTE_UNITS = {

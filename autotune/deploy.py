@@ -24,10 +24,10 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
-from .config import mib
+from .config import LoadGroup, mib
 from .engine.decode import Engine, Generation, Sampling
 from .measure.memory import Meter, out_of_memory
-from .policy import Policy, PolicyError, Rule, read_policy, to_configuration
+from .policy import Policy, PolicyError, Rule, read_policy
 
 FinishReason = Literal["stop", "length", "closed"]
 
@@ -176,17 +176,31 @@ class LLM:
     """A model under its policy, for any number of threads: one request runs at a time, and callers queue."""
 
     last: Request  # the newest that has ended
+    _engine: Engine
 
     def __init__(self, policy: Policy, device: str):
         self.policy, self.device = policy, device
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="autotune")
         self._tokenizing = threading.Lock()  # a fast tokenizer can be borrowed by one thread at a time
         self._meter = Meter(device, policy.budget_bytes)
-        folder = policy.model.path
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        group = to_configuration(policy.load, policy.rules[-1].settings).load_group
-        self._engine = Engine.load(folder, group, device)
+        self.tokenizer = AutoTokenizer.from_pretrained(policy.model.path, local_files_only=True)
+        self._group: LoadGroup | None = None
+        self._ready(policy.rules[-1])
+        self._vocabulary = int(self._engine.target.config.get_text_config(decoder=True).vocab_size)
+
+    def _ready(self, rule: Rule) -> None:
+        """Hold what the rule loads. What was held before goes first, so that the budget holds."""
+        group = self.policy.configuration(rule).load_group
+        if group == self._group:
+            return
+        self._group = None
+        if "_engine" in vars(self):
+            self._engine.close()
+            del self._engine
+        self._meter.begin()
+        self._engine = Engine.load(self.policy.model.path, group, self.device)
         self._load_peak = self._meter.peaks()["peak_bytes"] or 0
+        self._group = group
 
     def generate(
         self,
@@ -238,9 +252,8 @@ class LLM:
             tokens = list(prompt)
         if not tokens:
             raise PolicyError("the prompt is empty")
-        vocabulary = self._engine.target.config.get_text_config(decoder=True).vocab_size
-        if not all(0 <= token < vocabulary for token in tokens):  # on a GPU it would end the process
-            raise PolicyError(f"the prompt has token ids outside of the model's vocabulary of {vocabulary}")
+        if not all(0 <= token < self._vocabulary for token in tokens):  # on a GPU it would end the process
+            raise PolicyError(f"the prompt has token ids outside of the model's vocabulary of {self._vocabulary}")
         return tokens
 
     @property
@@ -272,6 +285,7 @@ class LLM:
         for keep in (rule.max_context_tokens + self._longest_text + configuration.depth + 1, 0):
             text.restart()
             try:
+                self._ready(rule)
                 return self._engine.generate(
                     tokens,
                     configuration,
@@ -287,7 +301,8 @@ class LLM:
                     raise
                 traceback.clear_frames(error.__traceback__)
                 reason = str(error).strip().partition("\n")[0].partition(" GPU 0 ")[0]
-            self._engine.recover()
+            if self._group is not None:
+                self._engine.recover()
             gc.collect()
             if self.device != "cpu":
                 torch.cuda.empty_cache()

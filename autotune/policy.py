@@ -1,9 +1,9 @@
 """The choice per context and the policy file: what to load, what to do at each prompt length, and the evidence.
 
-One load group serves all contexts. It is the one with the highest sum over the workload's contexts of ln(rate), so that
-a context counts by how many times faster it gets and not by its tokens/s. A recommendation is significant or it is the
-baseline: finalists are measured again, interleaved with the baseline, and compared by Welch's t on the logarithms of
-their rounds' rates; within error, the simpler configuration stands.
+One load group serves all contexts, unless reloads are asked for; `best_group` says what it maximizes. A recommendation
+is significant or it is the baseline: finalists are measured again, interleaved with the baseline, and compared by
+Welch's t on the logarithms of their rounds' rates; within error, the simpler configuration stands. A rule ends at a
+length at which its settings were measured: at a context, or between two at a boundary that bisection found.
 """
 
 from __future__ import annotations
@@ -74,8 +74,25 @@ class Expected(_Model):
     acceptance: float | None = None
 
 
+class Unrestricted(_Model):
+    """The fastest at a context in the search, whatever it loads. It was not measured again, which flatters it.
+
+    `gain` is how many times as fast as the rule's settings it was, with a 95 % interval where there is one.
+    """
+
+    load: Load
+    settings: Settings
+    tokens_per_s: float = Field(gt=0)
+    gain: float = Field(gt=0)
+    gain_interval: tuple[float, float] | None = None
+    stage: str
+
+
 class Rule(_Model):
-    """Prompts of up to `max_context_tokens` tokens (and longer than the rule before)."""
+    """Prompts of up to `max_context_tokens` tokens (and longer than the rule before).
+
+    Where rules need different loads, `load` is this rule's if it is not the policy's, and `reload_s` is what it takes.
+    """
 
     max_context_tokens: int = Field(gt=0)
     settings: Settings
@@ -85,6 +102,9 @@ class Rule(_Model):
     tie: bool = False
     note: str = ""
     evidence: dict[str, Any] = Field(default_factory=dict)
+    load: Load | None = None
+    reload_s: float | None = None
+    unrestricted: Unrestricted | None = None
 
 
 class Baseline(_Model):
@@ -114,7 +134,7 @@ class Policy(_Model):
         if limits != sorted(set(limits)):
             raise ValueError("rules must have ascending max_context_tokens")
         for rule in self.rules:
-            if rule.settings.draft == "model" and self.load.draft == "none":
+            if rule.settings.draft == "model" and (rule.load or self.load).draft == "none":
                 raise ValueError("a rule uses a draft model, but load.draft is none")
         return self
 
@@ -128,7 +148,7 @@ class Policy(_Model):
 
     def configuration(self, rule: Rule) -> Configuration:
         """The rule as the configuration that was measured."""
-        return to_configuration(self.load, rule.settings)
+        return to_configuration(rule.load or self.load, rule.settings)
 
 
 def to_configuration(load: Load, settings: Settings) -> Configuration:
@@ -181,30 +201,49 @@ def schema() -> dict[str, Any]:
 
 
 def best_group(records: Iterable[Record], workload: Workload) -> LoadGroup | None:
-    """The load group with the highest sum of ln(rate) among those that are ok at the most contexts."""
+    """The load group that serves the workload fastest, of those that are ok at most of its contexts, and the longest.
+
+    With a mix, which says how many of the requests have each length, that is the rate of all requests together: tokens
+    over time, the harmonic mean of the contexts' rates weighted by the mix (the least mean seconds per request, as all
+    generate equally many tokens). Without one nobody said how often each length comes. To suppose equally often would
+    let the longest context decide alone, because its requests take most of the time; so there each context counts by
+    how many times faster it gets, whatever its tokens/s: the geometric mean of the rates.
+    """
     rates: dict[LoadGroup, dict[int, float]] = {}
     for record in records:
-        if record.outcome == "ok":
+        if record.outcome == "ok" and record.context_tokens in workload.contexts:
             at = rates.setdefault(record.configuration.load_group, {})
             rate = record.rate(workload.objective)
             at[record.context_tokens] = max(at.get(record.context_tokens, 0), rate)
     if not rates:
         return None
-    return max(rates, key=lambda group: (len(rates[group]), sum(math.log(rate) for rate in rates[group].values())))
+    return max(rates, key=lambda group: (len(rates[group]), max(rates[group]), _mean(rates[group], workload)))
 
 
-def best_in_group(records: Iterable[Record], group: LoadGroup, context: int, objective: Objective) -> Record | None:
-    """The simplest of the records that are as fast as the group's fastest at this context, within error."""
+def _mean(rates: dict[int, float], workload: Workload) -> float:
+    """What `best_group` maximizes, of a rate per context."""
+    if not workload.mix:
+        return statistics.geometric_mean(rates.values())
+    share = dict(zip(workload.contexts, workload.mix, strict=True))
+    return sum(share[c] for c in rates) / sum(share[c] / rate for c, rate in rates.items())
+
+
+def maximized(workload: Workload) -> str:
+    """`best_group`'s measure in words."""
+    if workload.mix:
+        return f"{workload.objective} rate of all requests together, mixed as given (weighted harmonic mean)"
+    return f"geometric mean of the contexts' {workload.objective} rates"
+
+
+def best_in_group(
+    records: Iterable[Record], group: LoadGroup | None, context: int, objective: Objective
+) -> Record | None:
+    """The simplest of the records that are as fast as the group's fastest at this context, within error.
+
+    Of all groups where `group` is None.
+    """
     records = list(records)
-    broken = _broken(records, context)
-    here = [
-        record
-        for record in records
-        if record.outcome == "ok"
-        and record.context_tokens == context
-        and record.configuration.load_group == group
-        and record.configuration not in broken
-    ]
+    here = [r for r in _sound(records, context) if group in (None, r.configuration.load_group)]
     if not here:
         return None
     best = max(here, key=lambda record: record.rate(objective))
@@ -214,6 +253,27 @@ def best_in_group(records: Iterable[Record], group: LoadGroup, context: int, obj
         if record.rate(objective) >= TIE * best.rate(objective) and speedup([best], [record], objective)[1] <= 1
     ]
     return min([best, *ties], key=lambda record: (record.configuration.complexity, -record.rate(objective)))
+
+
+def choose(records: list[Record], workload: Workload, reloads: bool = False) -> dict[int, Configuration]:
+    """The configuration of each context: all of one load group; with reloads of another one where it is faster."""
+    group, objective = best_group(records, workload), workload.objective
+    chosen = {}
+    for context in workload.contexts:
+        best = best_in_group(records, group, context, objective) if group is not None else None
+        alone = best_in_group(records, None, context, objective) if reloads else None
+        if alone is not None and (best is None or speedup([alone], [best], objective)[1] > 1):
+            best = alone
+        if best is not None:
+            chosen[context] = best.configuration
+    return chosen
+
+
+def _sound(records: list[Record], context: int) -> list[Record]:
+    """What was ok at this context and never failed there."""
+    broken = _broken(records, context)
+    here = [record for record in records if record.outcome == "ok" and record.context_tokens == context]
+    return [record for record in here if record.configuration not in broken]
 
 
 def _broken(records: Iterable[Record], context: int) -> set[Configuration]:
@@ -239,22 +299,7 @@ def speedup(ours: list[Record], theirs: list[Record], objective: Objective) -> t
 
 def _log_rounds(records: list[Record], objective: Objective) -> list[float]:
     """ln(rate) of every round of every record."""
-    values = []
-    for record in records:
-        for number in sorted({sample["round"] for sample in record.samples}):
-            samples = [sample for sample in record.samples if sample["round"] == number]
-            ttft = sum(sample["ttft_s"] for sample in samples)
-            decode = sum(sum(sample["step_s"]) for sample in samples)
-            tokens = sum(sample["new_tokens"] for sample in samples)
-            match objective:
-                case "end-to-end":
-                    rate = tokens / (ttft + decode)
-                case "decode":
-                    rate = (tokens - len(samples)) / decode
-                case "ttft":
-                    rate = len(samples) / ttft
-            values.append(math.log(rate))
-    return values
+    return [math.log(rate) for record in records for rate in record.round_rates(objective)]
 
 
 def _t95(freedom: float) -> float:
@@ -281,29 +326,26 @@ def make_policy(
     model: dict[str, str],
     environment: dict[str, Any],
     workload_info: dict[str, Any],
+    reloads: bool = False,
 ) -> Policy | None:
-    """The policy of the chosen configurations, or of the baseline where they are not significantly faster anywhere.
+    """The policy of what `settle` leaves of the chosen configurations, a rule for each.
 
     Rests on the records of stage `final` where there are some. None where nothing is feasible.
     """
-    chosen = _standing(records, chosen, workload.objective)
-    comparisons = {
-        context: _compare(records, configuration, baselines.get(context), context, workload.objective)
-        for context, configuration in chosen.items()
-    }
-    faster = [c for c, (_, low, _) in comparisons.items() if low > 1]
-    no_baseline = [c for c in chosen if c not in baselines]
-    if not faster and not no_baseline and chosen:
-        same_group = baselines[max(baselines)].load_group
-        kept = {c: b for c, b in baselines.items() if b.load_group == same_group and b not in _broken(records, c)}
-        if set(kept) == set(chosen):
-            chosen = kept
-    rules = []
-    for context in sorted(chosen):
-        rules.append(_rule(records, chosen[context], baselines.get(context), context, workload))
-    if not rules:
+    chosen = settle(records, chosen, baselines, workload, reloads)
+    if not chosen:
         return None
-    load = load_of(chosen[max(chosen)])
+    default = load_of(chosen[max(chosen)])
+    rules: list[Rule] = []
+    for context in sorted(chosen):
+        rule = _rule(records, chosen[context], baselines.get(context), context, workload)
+        rule.note += _boundary_note(records, chosen, context, workload)
+        rule.load = None if load_of(chosen[context]) == default else load_of(chosen[context])
+        rules.append(rule)
+    if any(rule.load for rule in rules):
+        for rule in rules:
+            loads = [r.load_s for r in _evidence(records, chosen[rule.max_context_tokens], rule.max_context_tokens)]
+            rule.reload_s = statistics.median([seconds for seconds in loads if seconds is not None] or [0.0])
     stock = [
         Baseline(
             context_tokens=context,
@@ -317,11 +359,47 @@ def make_policy(
         model=ModelInfo(**model),
         budget_bytes=budget.bytes,
         environment=environment,
-        workload=workload_info,
-        load=load,
+        workload={**workload_info, "maximized": maximized(workload)},
+        load=default,
         rules=rules,
         baseline=stock,
     )
+
+
+def settle(
+    records: list[Record],
+    chosen: dict[int, Configuration],
+    baselines: dict[int, Configuration],
+    workload: Workload,
+    reloads: bool = False,
+) -> dict[int, Configuration]:
+    """What of the chosen stood when it was measured again, or stock where nothing of it is significantly faster."""
+    chosen = _standing(records, chosen, workload.objective)
+    contexts = [context for context in chosen if context in workload.contexts]
+    stock = _stock(records, contexts, baselines, reloads)
+    faster = [c for c in stock if _compare(records, chosen[c], stock[c], c, workload.objective)[1] > 1]
+    return stock if stock and not faster else chosen
+
+
+def _stock(
+    records: list[Record], contexts: list[int], baselines: dict[int, Configuration], reloads: bool
+) -> dict[int, Configuration]:
+    """The baseline per context, of one load group unless reloads are asked for; nothing where one is missing.
+
+    Baselines of two groups are those of a budget that binds at long contexts: what runs there is taken for the short
+    ones as well, where it was measured.
+    """
+    for longest in sorted(baselines, reverse=True):
+        kept = {}
+        for context in contexts:
+            same = [baselines[c] for c in (context, longest) if c in baselines]
+            same = [b for b in same if reloads or b.load_group == baselines[longest].load_group]
+            sound = [b for b in same if _evidence(records, b, context) and b not in _broken(records, context)]
+            if sound and context in baselines:
+                kept[context] = sound[0]
+        if len(kept) == len(contexts):
+            return kept
+    return {}
 
 
 def _standing(
@@ -363,7 +441,10 @@ def _rule(
 ) -> Rule:
     evidence = _evidence(records, configuration, context)
     ratio, low, high = _compare(records, configuration, baseline, context, workload.objective)
-    if baseline is None:
+    unrestricted = _unrestricted(records, configuration, context, workload.objective)
+    if context not in workload.contexts:
+        note = "the same settings as at the context below, whose reach was measured"
+    elif baseline is None:
         note = "nothing stock fits the budget here"
     elif configuration == baseline:
         note = "the baseline: nothing measured was significantly faster"
@@ -373,6 +454,10 @@ def _rule(
         note = f"slower than the baseline here ({ratio:.2f}); it is the price of one load for all contexts"
     else:
         note = f"a tie with the baseline ({ratio:.2f}, 95 % interval {low:.2f} to {high:.2f})"
+    if unrestricted is not None and (unrestricted.gain_interval or (0, 0))[0] > 1:
+        other = to_configuration(unrestricted.load, unrestricted.settings)
+        note += f"; alone, {other.differs_from(configuration)} would be {unrestricted.gain:.2f} times as fast, "
+        note += "by the search's records, which were not measured again"
     compared = baseline is not None and math.isfinite(high)
     return Rule(
         max_context_tokens=context,
@@ -383,7 +468,42 @@ def _rule(
         tie=compared and low <= 1 <= high,
         note=note,
         evidence={"stage": evidence[0].stage, "measurements": len(evidence), "witness": evidence[0].witness},
+        unrestricted=unrestricted,
     )
+
+
+def _unrestricted(
+    records: list[Record], configuration: Configuration, context: int, objective: Objective
+) -> Unrestricted | None:
+    """The context's fastest in the search beside the same search's figure for this configuration."""
+    searched = [record for record in _sound(records, context) if record.stage in ("search", "baseline")]
+    ours = [record for record in searched if record.configuration == configuration]
+    if not ours:
+        return None
+    best = max(searched, key=lambda record: record.rate(objective))
+    gain, low, high = speedup([best], ours, objective) if best not in ours else (1.0, 1.0, 1.0)
+    return Unrestricted(
+        load=load_of(best.configuration),
+        settings=settings_of(best.configuration),
+        tokens_per_s=best.tokens_per_s or 0,
+        gain=gain,
+        gain_interval=(low, high) if math.isfinite(high) else None,
+        stage=best.stage,
+    )
+
+
+def _boundary_note(records: list[Record], chosen: dict[int, Configuration], context: int, workload: Workload) -> str:
+    """How well it is known where this rule takes over from the one before, where that has other settings."""
+    before = max((c for c in chosen if c < context), default=None)
+    if before is None or chosen[before] == chosen[context]:
+        return ""
+    tried = [r for r in records if r.stage == "boundary" and r.configuration == chosen[context]]
+    between = sorted({r.context_tokens for r in tried if before < r.context_tokens < context})
+    if not between and before in workload.contexts:
+        return f"; it takes over after {before} tokens, as where between {before} and {context} was not measured"
+    note = f"; the change lies between {before} and {between[0] if between else context} tokens"
+    failed = [length for length in between if chosen[context] in _broken(records, length)]
+    return note + (f"; it failed at {', '.join(map(str, failed))} tokens" if failed else "")
 
 
 def load_of(configuration: Configuration) -> Load:

@@ -147,7 +147,9 @@ class _View:
         self.baselines = {entry["context_tokens"]: _configuration(entry["load"], entry["settings"]) for entry in stock}
         self.baseline = self._find_baseline()
         self.contexts = sorted({*run.workload.contexts, *(record.context_tokens for record in self.records)})
-        self.answers = [self._answer(context) for context in self.contexts]
+        ends = {*run.workload.contexts, *(rule["max_context_tokens"] for rule in self.policy.get("rules") or [])}
+        looked = {record.context_tokens for record in self.records if record.stage == "boundary"} - ends
+        self.answers = [self._answer(context) for context in self.contexts if context not in looked]
 
     def rate(self, record: Record) -> float | None:
         return record.rate(self.run.workload.objective) if getattr(record, self._figure) else None

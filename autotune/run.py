@@ -5,25 +5,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 from . import __version__
 from . import plan as planning
 from .config import Budget, Configuration, Record, Workload, mib
-from .policy import Policy, best_group, best_in_group, make_policy, write_policy
+from .policy import Policy, best_group, choose, make_policy, settle, speedup, write_policy
 from .report import RunData, write_report
 from .results import RunError, frame, read_info, read_records, read_run
 from .space import Space
-from .study import Search, Studies, complete
-from .trial import Inputs, Trials, WorkerFailed
+from .study import Search, Studies, also, complete
+from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
 _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
 _LEARNT = 4  # measured peaks from which the plan is calibrated
 _UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
+_PARTS = 8  # into which what lies between two contexts is cut: three halvings find the part where a choice changes
 _WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
 
 
@@ -54,6 +58,7 @@ class Request:
     timeout_s: float = 600
     trials: int | None = None
     storage: str | None = None
+    reloads: bool = False  # whether each context may have a load group of its own
     seed: int = 0
     started: float = field(default_factory=time.monotonic)
 
@@ -82,12 +87,13 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             search.baseline(candidates)
             watch.note(_dropped(space))
             search.run()
-            chosen, baselines = _finalists(search, candidates)
+            chosen, baselines = _finalists(search, candidates, request.reloads)
             _finals(search, trials, chosen, baselines, watch)
+            chosen |= _boundaries(request, search, trials, info, chosen, baselines, watch)
         except KeyboardInterrupt:
             watch.note("stopped: finishing with what was measured")
             if "search" in locals():
-                chosen, baselines = _choice(search.known, request.workload, search, candidates)
+                chosen, baselines = _choice(search, candidates, request.reloads)
     return conclude(request.out, chosen, baselines)
 
 
@@ -182,6 +188,8 @@ def _prepare_folder(request: Request) -> dict[str, Any]:
                 f"{request.out} holds a run with another {', '.join(differing)}: give this one a folder with --out, "
                 "or repeat the first command to continue it"
             )
+        info["reloads"] = request.reloads  # what was measured serves both choices
+        _write(path, info)
         return info
     info = {
         "model": str(request.model),
@@ -192,6 +200,7 @@ def _prepare_folder(request: Request) -> dict[str, Any]:
         "study": request.study,
         "storage": request.storage,
         "seed": request.seed,
+        "reloads": request.reloads,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "autotune": __version__,
         "identity": identity,
@@ -247,15 +256,15 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
                 model=str(request.model),
                 text=_text_file(request),
                 prompts=request.workload.prompts,
-                contexts=list(request.workload.contexts),
+                contexts=_lengths(request.workload.contexts),
                 windows=_WINDOWS[shape.vocab_size > 32768],
                 path=str(tokens),
             )
             weights = "checkpoint" if shape.prequantized else info["environment"]["full_precision"]
-            reference = worker.request("load_reference", 1800, model=str(request.model), weights=weights)
-            info["reference"] = {"weights": weights, "how": reference["how"]}
-            for context, path in references.items():
-                worker.request("reference", 1800, inputs=str(tokens), context=context, path=path)
+            info["reference"] = {
+                "weights": weights,
+                **_score_reference(worker, request.model, weights, Inputs(str(tokens), references)),
+            }
         except WorkerFailed as failure:
             raise RunError(f"preparing the run failed ({failure.outcome}): {failure.reason}") from None
         finally:
@@ -272,6 +281,25 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
         failed=info["failed"],
     )
     return info, space
+
+
+def _score_reference(worker: WorkerProcess, model: Path, weights: str, inputs: Inputs) -> dict[str, Any]:
+    """Keep the unquantized model's logits where `inputs` has them; returns how it was loaded and what it took."""
+    began = time.monotonic()
+    how = worker.request("load_reference", 1800, model=str(model), weights=weights)["how"]
+    for length, path in inputs.references.items():
+        worker.request("reference", 1800, inputs=inputs.tokens, context=length, path=path)
+    return {"how": how, "took_s": round(time.monotonic() - began, 3)}
+
+
+def _lengths(contexts: Iterable[int]) -> list[int]:
+    """The contexts and every length between them at which a boundary may be looked for."""
+    return sorted({*contexts, *(length for pair in pairwise(sorted(contexts)) for length in _between(*pair))})
+
+
+def _between(low: int, high: int) -> list[int]:
+    """The lengths that cut what lies between two contexts into equal parts; none where there is too little to cut."""
+    return [low + (high - low) * part // _PARTS for part in range(1, _PARTS)] if high - low >= _PARTS else []
 
 
 def _text_file(request: Request) -> str:
@@ -319,7 +347,7 @@ def _search(
 
     def on_record(record: Record) -> None:
         foresight.learn(record)
-        search.deadline = end - _reserve(search, request.timeout_s)
+        search.deadline = end - _reserve(search, request, info["reference"]["took_s"])
         watch.record(record)
 
     search.on_record = on_record
@@ -372,8 +400,8 @@ class Foresight:
         )
 
 
-def _reserve(search: Search, timeout_s: float) -> float:
-    """Seconds that measuring the finalists again will take, at most two fifths of the run."""
+def _reserve(search: Search, request: Request, reference_s: float) -> float:
+    """Seconds that the finalists and a look for each boundary will take, at most two fifths of the run."""
     seconds = 0.0
     for context in search.workload.contexts:
         here = [r for (_, at), r in search.known.items() if at == context and r.tokens_per_s]
@@ -381,7 +409,14 @@ def _reserve(search: Search, timeout_s: float) -> float:
         fastest = (max(side, key=lambda r: r.tokens_per_s or 0) for side in sides if side)
         seconds += sum(r.measure_s or 0 for r in fastest)
     load = max((r.load_s or 0 for r in search.known.values()), default=0) + 6
-    return min(timeout_s * 0.4, FINAL_ROUNDS * (_CARE_OVER_LOOK * seconds + 2 * load))
+    chosen = choose(list(search.known.values()), search.workload, request.reloads)
+    loads = 1 + max(1, len({configuration.load_group for configuration in chosen.values()}))
+    finals = FINAL_ROUNDS * (_CARE_OVER_LOOK * seconds + loads * load)
+    looks = [
+        _seconds(search, [(chosen[low], high), (chosen[high], high), (chosen[low], high)], load=True)
+        for low, high in _changes(chosen, search.workload)
+    ]
+    return min(request.timeout_s * 0.4, finals + sum(looks) + (reference_s if looks else 0))
 
 
 def _stock(full_precision: str, space: Space) -> list[Configuration]:
@@ -401,32 +436,27 @@ def _dropped(space: Space) -> str:
 
 
 def _finalists(
-    search: Search, candidates: list[Configuration]
+    search: Search, candidates: list[Configuration], reloads: bool
 ) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
-    """The best load group's configuration per context, every context measured, and the baselines."""
+    """The chosen configurations, every context of the best load group measured, and the baselines."""
     group = best_group(search.known.values(), search.workload)
     if group is not None:
         search.deadline += 60  # completing the winner is worth more than one more candidate
         complete(search, group)
-    return _choice(search.known, search.workload, search, candidates)
+    chosen, baselines = _choice(search, candidates, reloads)
+    if not reloads and len({baseline.load_group for baseline in baselines.values()}) > 1:
+        for context in chosen:  # without reloads only what fits at the longest can be kept as a baseline
+            also(search, baselines[max(baselines)], context)
+        return _choice(search, candidates, reloads)
+    return chosen, baselines
 
 
 def _choice(
-    known: dict[tuple[Configuration, int], Record], workload: Workload, search: Search, candidates: list[Configuration]
+    search: Search, candidates: list[Configuration], reloads: bool
 ) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
-    records = list(known.values())
-    baselines = {}
-    for context in workload.contexts:
-        stock = search.baseline_of(context, candidates)
-        if stock is not None:
-            baselines[context] = stock.configuration
-    chosen = {}
-    group = best_group(records, workload)
-    for context in workload.contexts:
-        best = best_in_group(records, group, context, workload.objective) if group is not None else None
-        if best is not None:
-            chosen[context] = best.configuration
-    return chosen, baselines
+    stock = {context: search.baseline_of(context, candidates) for context in search.workload.contexts}
+    baselines = {context: record.configuration for context, record in stock.items() if record is not None}
+    return choose(list(search.known.values()), search.workload, reloads), baselines
 
 
 def _finals(
@@ -447,6 +477,93 @@ def _finals(
                 record = search.measure(side[context], context, "final")
                 search.studies.keep(record)
                 watch.record(record)
+
+
+def _boundaries(
+    request: Request,
+    search: Search,
+    trials: Trials,
+    info: dict[str, Any],
+    chosen: dict[int, Configuration],
+    baselines: dict[int, Configuration],
+    watch: Watch,
+) -> dict[int, Configuration]:
+    """Lengths between contexts up to which the lower context's choice is better, as far as there is time to look.
+
+    Speed, footprint and text are compared while halving; where a boundary is found, the reference is scored at that
+    length and the choice is measured there again, quality included: a rule ends only where all of it was measured.
+    """
+    records = read_records(_url(request), request.study)
+    standing = settle(records, chosen, baselines, request.workload, request.reloads)
+    until = request.started + request.timeout_s - info["reference"]["took_s"]
+    found: dict[int, Configuration] = {}
+    for low, high in _changes(standing, request.workload):
+        ours, theirs = standing[low], standing[high]
+        until -= _seconds(search, [(ours, high)], load=True)  # to measure it again at its end
+        watch.phase(f"looking between {low} and {high} for where the choice changes")
+        length = _bisect(search, (low, ours), (high, theirs), until)
+        if length > low:
+            found[length] = ours
+    unscored = [length for length in found if search.known[found[length], length].perplexity_ratio is None]
+    if unscored:
+        assert trials.inputs is not None
+        paths = {length: str(request.out / f"reference-{length}.npy") for length in unscored}
+        between = Inputs(trials.inputs.tokens, paths)
+        trials.close()
+        worker = trials.uncapped()
+        try:
+            _score_reference(worker, request.model, info["reference"]["weights"], between)
+        except WorkerFailed as failure:
+            watch.note(f"no boundary between contexts: the reference could not be scored there ({failure.reason})")
+            return {}
+        finally:
+            worker.kill()
+        trials.inputs.references.update(paths)
+        for length in unscored:
+            search.measured(found[length], length, "boundary", again=True)
+            Path(paths[length]).unlink()
+    return {length: ours for length, ours in found.items() if search.known[ours, length].outcome == "ok"}
+
+
+def _changes(chosen: dict[int, Configuration], workload: Workload) -> list[tuple[int, int]]:
+    """Neighbouring contexts whose choices differ, but not in what they load: both can be measured side by side."""
+    pairs = [pair for pair in pairwise(sorted(workload.contexts)) if all(context in chosen for context in pair)]
+    return [
+        (low, high)
+        for low, high in pairs
+        if chosen[low] != chosen[high] and chosen[low].load_group == chosen[high].load_group
+    ]
+
+
+def _bisect(search: Search, lower: tuple[int, Configuration], upper: tuple[int, Configuration], until: float) -> int:
+    """The longest length at which the lower context's choice was at least as fast as the upper's, within error."""
+    (low, ours), (high, theirs) = lower, upper
+    lengths = [low, *_between(low, high)]
+    left, right = 0, len(lengths)
+    while right - left > 1:
+        middle = (left + right) // 2
+        length = lengths[middle]
+        if time.monotonic() + _seconds(search, [(ours, high), (theirs, high)]) > until:
+            break
+        if search.fits(ours, length):
+            right = middle
+            continue
+        first, second = (search.measured(configuration, length, "boundary") for configuration in (ours, theirs))
+        sound = [record.outcome == "ok" for record in (first, second)]
+        one_sided = (math.inf,) * 3 if sound[0] else (0.0,) * 3
+        _, least, most = speedup([first], [second], search.workload.objective) if all(sound) else one_sided
+        left, right = (left, middle) if most < 1 else (middle, right)
+        if least <= 1 <= most:
+            break
+    return lengths[left]
+
+
+def _seconds(search: Search, pairs: list[tuple[Configuration, int]], load: bool = False) -> float:
+    """What measuring these took, or what measuring anything took at most; with the load."""
+    known = [search.known.get(pair) for pair in pairs]
+    longest = max((r.measure_s or 0 for r in search.known.values()), default=0.0)
+    seconds = sum((r.measure_s or 0) if r is not None else longest for r in known)
+    return _CARE_OVER_LOOK * seconds + (max((r.load_s or 0 for r in known if r is not None), default=0.0) + 6) * load
 
 
 def conclude(
@@ -475,6 +592,7 @@ def conclude(
         model=run.info["identity"]["model"],
         environment=run.info.get("environment", {}),
         workload_info={**run.info["workload"], **run.info.get("text", {}), "space": run.info["space"]},
+        reloads=run.info.get("reloads", False),
     )
     if policy is not None:
         write_policy(policy, out / "policy.json")

@@ -71,7 +71,7 @@ class Studies:
         return study
 
     def keep(self, record: Record) -> None:
-        """Store a record that is no answer to a suggestion: a finalist measured again."""
+        """Store a record that is no answer to a suggestion: a finalist measured again, a length between contexts."""
         trial = self.extra.ask()
         trial.set_user_attr(RECORD, json.dumps(record.to_json()))
         self.extra.tell(trial, state=TrialState.PRUNED)
@@ -230,7 +230,7 @@ class Search:
     def _measured(self, configuration: Configuration, context: int, stage: str) -> Record:
         asked = self._asked
         trial = asked[2] if asked is not None and asked[:2] == (context, configuration) else None
-        if trial is None:
+        if trial is None and stage != "boundary":
             parameters = self.space.parameters(configuration)
             if parameters is not None:
                 trial = self.studies.ask(context, parameters)
@@ -246,10 +246,12 @@ class Search:
         self.on_record(record)
         return record
 
-    def measured(self, configuration: Configuration, context: int) -> Record:
-        """The record of a configuration at a context, measured now if it is not known."""
+    def measured(
+        self, configuration: Configuration, context: int, stage: str = "search", again: bool = False
+    ) -> Record:
+        """The record of a configuration at a context, measured now if it is not known or is asked for again."""
         known = self.known.get((configuration, context))
-        return known if known is not None else self._measured(configuration, context, "search")
+        return known if known is not None and not again else self._measured(configuration, context, stage)
 
 
 def _did_not_load(record: Record) -> bool:
@@ -268,13 +270,13 @@ def complete(search: Search, group: LoadGroup) -> None:
             )
         ]
         for candidate in list(dict.fromkeys(best))[:_TRIES]:
-            if _also(search, candidate, context) == "ok":
+            if also(search, candidate, context) == "ok":
                 break
         if group.draft != "none" and best:
-            _also(search, best[0].replace(depth=0), context)
+            also(search, best[0].replace(depth=0), context)
 
 
-def _also(search: Search, configuration: Configuration, context: int) -> str:
+def also(search: Search, configuration: Configuration, context: int) -> str:
     """The outcome of a configuration at a context, measured if there is time and it may fit; nothing if not."""
     known = (configuration, context) in search.known
     if not known and (time.monotonic() >= search.deadline or search.fits(configuration, context)):

@@ -210,7 +210,7 @@ class WorkerProcess:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Where a run's tokenized text and reference logits are."""
+    """Where a run's tokenized text and reference logits are. At a length without logits quality is not measured."""
 
     tokens: str
     references: dict[int, str]
@@ -279,7 +279,8 @@ class Trials:
         """One measured (configuration, context). Whatever goes wrong is the record's outcome, but for a bug of ours."""
         assert self.inputs is not None
         began = time.monotonic()
-        rounds, limit_s = _CARE if stage == "final" else _LOOK
+        careful = stage in ("final", "boundary")
+        rounds, limit_s = _CARE if careful else _LOOK
         known = self._quality.get((configuration.quality_key, context))
         try:
             worker = self._ready(configuration.load_group)
@@ -292,8 +293,8 @@ class Trials:
                 context=context,
                 new_tokens=self.workload.new_tokens,
                 inputs=self.inputs.tokens,
-                reference=self.inputs.references[context] if known is None else None,
-                careful=stage == "final",
+                reference=self.inputs.references.get(context) if known is None else None,
+                careful=careful,
                 min_rounds=rounds,
                 limit_s=min(limit_s, timeout_s / 4),
                 bar=bar,

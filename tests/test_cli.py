@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from autotune.cli import EXAMPLES, main
+from autotune.cli import EXAMPLES, _request, main
+from autotune.config import Workload
 from autotune.demo import DRAFT, TARGET
 
 COMMANDS = [[], *([name] for name in EXAMPLES)]
@@ -110,6 +111,41 @@ def test_contexts_that_are_no_lengths_are_refused(run: Run, contexts: str) -> No
 )
 def test_options_that_cannot_be_are_refused_with_what_can(run: Run, flag: str, value: str, mend: str) -> None:
     assert refuses(run(flag, value), flag, mend)
+
+
+@pytest.mark.parametrize(
+    ("mix", "mend"),
+    [
+        ("512", "write it like 512:0.7,4k:0.3"),
+        ("512:", "write it like 512:0.7,4k:0.3"),
+        ("512:0,4k:1", "write it like 512:0.7,4k:0.3"),
+        ("512:-1,4k:2", "write it like 512:0.7,4k:0.3"),
+        ("512:nan", "write it like 512:0.7,4k:0.3"),
+        ("long:1", "write it like 512 or 4k"),
+        ("512:0.5,512:0.5", "512 is there twice"),
+    ],
+)
+def test_a_mix_that_is_no_shares_of_lengths_is_refused(run: Run, mix: str, mend: str) -> None:
+    assert refuses(run("--mix", mix), "--mix", mend)
+
+
+def test_a_mix_of_other_lengths_than_the_contexts_is_refused(run: Run) -> None:
+    assert refuses(run("--mix", "512:1,4k:1", "--contexts", "512,2k"), "--mix", "--contexts", "different lengths")
+
+
+def test_the_contexts_and_their_shares_come_of_the_mix() -> None:
+    def workload(*words: str) -> Workload:
+        options = main.commands["plan"].make_context("plan", ["--budget", "2GB", "--device", "cpu", *words]).params
+        return _request({key: value for key, value in options.items() if key not in ("as_json", "by_layer")}).workload
+
+    mixed = workload("--mix", "4k:1,512:3")
+    assert (mixed.contexts, mixed.mix) == ((512, 4096), (0.75, 0.25))
+    assert workload("--mix", "4k:1,512:3", "--contexts", "512,4k") == mixed
+    assert (workload().contexts, workload().mix) == ((512, 2048, 4096), ())
+
+
+def test_decoding_is_no_objective_where_only_the_first_token_is_asked_for(run: Run) -> None:
+    assert refuses(run("--objective", "decode", "--new-tokens", "1"), "--objective decode", "--new-tokens 2 or more")
 
 
 def test_a_budget_must_be_given() -> None:

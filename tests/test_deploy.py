@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from click.testing import CliRunner
 
 from autotune import cli
-from autotune.config import Configuration, Workload
+from autotune.config import Configuration, LoadGroup, Workload
 from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.deploy import LLM, OutOfMemory, _Text, deploy
 from autotune.engine.decode import Engine, Sampling
@@ -83,6 +84,34 @@ def test_a_deployed_policy_writes_what_the_measured_engine_writes_under_the_rule
     pieces = list(llm.stream(held_out_text()[:350]))
     assert "".join(pieces) == text
     assert len(pieces) > 1
+
+
+def test_a_rule_with_a_load_of_its_own_is_loaded_after_the_one_before_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autotune.measure.memory.Meter.cap", lambda meter: None)
+    two = policy()
+    two.rules[0].load = two.load.model_copy(update={"draft": "none", "draft_weights": "none"})
+    loads: list[str] = []
+    alive: list[weakref.ref[Engine]] = []
+    load = Engine.load.__func__  # type: ignore[attr-defined]
+
+    def watched(folder: str, group: LoadGroup, device: str) -> Engine:
+        assert [reference() for reference in alive if reference() is not None] == []
+        loads.append(group.draft)
+        loaded: Engine = load(Engine, folder, group, device)
+        alive.append(weakref.ref(loaded))
+        return loaded
+
+    monkeypatch.setattr(Engine, "load", watched)
+    llm = deploy(two)
+    for prompt in (held_out_text()[:350], held_out_text()[:120], held_out_text()[:100], held_out_text()[:350]):
+        assert llm.generate(prompt)
+        assert llm.last.generation.proposed > 0 or llm.last.rule.max_context_tokens == 64
+    assert loads == [str(DRAFT), "none", str(DRAFT)]
+    monkeypatch.setattr(Engine, "load", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    with pytest.raises(MemoryError):
+        llm.generate(held_out_text()[:120])
+    monkeypatch.setattr(Engine, "load", watched)
+    assert llm.generate(held_out_text()[:350])
 
 
 def test_lengths_that_were_not_measured_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -12,7 +13,9 @@ import pytest
 from conftest import synthetic_record
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from autotune.cli import _print_policy
 from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workload
 from autotune.policy import (
     SCHEMA_FILE,
@@ -21,6 +24,7 @@ from autotune.policy import (
     _t95,
     best_group,
     best_in_group,
+    choose,
     load_of,
     make_policy,
     read_policy,
@@ -61,17 +65,22 @@ def both_finals(configuration: Configuration, context: int, rate: float, **figur
 
 
 def policy_of(
-    records: list[Record], chosen: dict[int, Configuration], baselines: dict[int, Configuration], **workload: Any
+    records: list[Record],
+    chosen: dict[int, Configuration],
+    baselines: dict[int, Configuration],
+    reloads: bool = False,
+    **workload: Any,
 ) -> Policy | None:
     return make_policy(
         records,
         chosen,
         baselines,
-        workload=Workload(contexts=tuple(chosen), **workload),
+        reloads=reloads,
+        workload=Workload(**{"contexts": tuple(chosen)} | workload),
         budget=BUDGET,
         model=MODEL,
         environment={"device": "a CPU", "versions": {"torch": "2"}},
-        workload_info={"contexts": list(chosen), "new_tokens": 100},
+        workload_info={"contexts": list(workload.get("contexts", chosen)), "new_tokens": 100},
     )
 
 
@@ -346,6 +355,217 @@ def test_a_context_counts_by_how_many_times_faster_it_gets() -> None:
     one = [synthetic_record(STOCK, c, around(rate)) for c, rate in ((512, 100), (2048, 10))]
     other = [synthetic_record(FAST, c, around(rate)) for c, rate in ((512, 60), (2048, 20))]
     assert best_group(one + other, Workload()) == FAST.load_group  # 1.67 times slower, 2 times faster
+
+
+rates_of_three = st.fixed_dictionaries({c: st.floats(1, 1000) for c in (512, 2048, 4096)})
+
+
+@given(rates_of_three, rates_of_three, st.tuples(*[st.floats(0.01, 1)] * 3))
+def test_with_a_mix_the_load_group_is_the_one_that_takes_the_least_time_for_all_requests(
+    one: dict[int, float], other: dict[int, float], mix: tuple[float, ...]
+) -> None:
+    workload = Workload(mix=tuple(share / sum(mix) for share in mix))
+    share = dict(zip(workload.contexts, workload.mix, strict=True))
+    seconds = [sum(share[c] * 100 / rate for c, rate in rates.items()) for rates in (one, other)]
+    assume(abs(seconds[0] / seconds[1] - 1) > 1e-6)
+    records = [synthetic_record(STOCK, c, (rate,) * 3, ttft_s=0.01) for c, rate in one.items()]
+    records += [synthetic_record(FAST, c, (rate,) * 3, ttft_s=0.01) for c, rate in other.items()]
+    assert best_group(records, workload) == (STOCK if seconds[0] < seconds[1] else FAST).load_group
+
+
+def test_the_share_of_a_length_decides_what_is_loaded_and_without_shares_no_length_decides_alone() -> None:
+    one = [synthetic_record(STOCK, c, around(rate)) for c, rate in ((512, 400), (2048, 10))]
+    other = [synthetic_record(FAST, c, around(rate)) for c, rate in ((512, 100), (2048, 20))]
+    picked = [best_group(one + other, Workload((512, 2048), mix)) for mix in ((), (0.5, 0.5), (0.99, 0.01))]
+    assert picked == [STOCK.load_group, FAST.load_group, STOCK.load_group]
+
+
+def test_of_groups_that_are_ok_at_as_many_contexts_the_one_that_reaches_further_is_taken() -> None:
+    near = [synthetic_record(FAST, c, around(900)) for c in (512, 2048)]
+    far = [synthetic_record(STOCK, c, around(2)) for c in (512, 4096)]
+    for mix in ((), (0.8, 0.1, 0.1)):
+        assert best_group(near + far, Workload(mix=mix)) == STOCK.load_group
+
+
+def test_a_policy_says_what_was_maximized() -> None:
+    records = both_finals(FAST, 512, 150)
+    for mix, words in (((), "geometric mean"), ((1.0,), "all requests together")):
+        policy = policy_of(records, {512: FAST}, {}, mix=mix)
+        assert policy is not None
+        assert words in policy.workload["maximized"]
+
+
+@given(st.lists(st.tuples(configurations, st.sampled_from([512, 2048]), st.floats(10, 1000)), max_size=12))
+def test_without_reloads_all_is_of_one_load_and_with_them_nothing_is_slower(
+    measured: list[tuple[Configuration, int, float]],
+) -> None:
+    records = [synthetic_record(c, context, around(rate), ttft_s=0.01) for c, context, rate in measured]
+    workload = Workload((512, 2048))
+    one, several = choose(records, workload), choose(records, workload, reloads=True)
+    assert len({c.load_group for c in one.values()}) <= 1
+    assert set(one) <= set(several) == {record.context_tokens for record in records}
+
+    def of(choice: dict[int, Configuration], context: int) -> list[Record]:
+        found = [r for r in records if (r.configuration, r.context_tokens) == (choice[context], context)]
+        return [max(found, key=lambda record: record.rate("end-to-end"))]
+
+    for context in one:
+        assert speedup(of(one, context), of(several, context), "end-to-end")[1] <= 1
+
+
+def test_a_reload_is_for_what_is_faster_beyond_error() -> None:
+    large = STOCK.replace(weights="bf16")
+    rates = {(FAST, 512): 100.0, (FAST, 2048): 300.0, (STOCK, 512): 200.0, (STOCK, 2048): 100.0, (large, 4096): 1.0}
+    records = [synthetic_record(c, context, around(rate)) for (c, context), rate in rates.items()]
+    assert choose(records, Workload()) == {512: FAST, 2048: FAST}
+    assert choose(records, Workload(), reloads=True) == {512: STOCK, 2048: FAST, 4096: large}
+    rates[STOCK, 512] = 100.5
+    tied = [synthetic_record(c, context, around(rate)) for (c, context), rate in rates.items()]
+    assert choose(tied, Workload(), reloads=True) == {512: FAST, 2048: FAST, 4096: large}
+
+
+def of_two_loads() -> Policy:
+    records = [r for c in (512, 2048) for r in both_finals(STOCK, c, 100)]
+    fast = FAST.replace(draft="prompt-lookup")
+    records += both_finals(FAST, 512, 300, load_s=7.0) + both_finals(fast, 2048, 300, load_s=3.0)
+    policy = policy_of(records, {512: FAST, 2048: fast}, dict.fromkeys((512, 2048), STOCK), reloads=True)
+    assert policy is not None
+    return policy
+
+
+def test_with_reloads_a_rule_has_its_own_load_and_says_how_long_it_takes(tmp_path: Path) -> None:
+    write_policy(of_two_loads(), tmp_path / "policy.json")
+    policy = read_policy(tmp_path / "policy.json")
+    assert [rule.load for rule in policy.rules] == [load_of(FAST), None]
+    assert policy.load.draft == "none"
+    assert [rule.reload_s for rule in policy.rules] == [7.0, 3.0]
+    assert [policy.configuration(rule).draft for rule in policy.rules] == [DRAFT, "prompt-lookup"]
+    jsonschema.validate(policy.model_dump(mode="json"), json.loads(SCHEMA_FILE.read_text()))
+
+
+def printed(policy: Policy) -> str:
+    console = Console(width=200, file=io.StringIO())
+    _print_policy(policy, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_is_printed_says_what_one_load_costs_or_what_a_reload_takes() -> None:
+    assert "one load reaches 67% at 512, 100% at 2048 of what was fastest there in the search" in printed(of_one_load())
+    said = printed(of_two_loads())
+    assert "loads quanto-int4 weights, bf16 lm_head, sdpa attention, draft draft in bf16" in said
+    assert "takes 7.0 s at 512, 3.0 s at 2048" in said
+    assert "one load reaches" not in said
+    rows = [line for line in printed(with_a_boundary()).splitlines() if "1280" in line and "cache" in line]
+    assert len(rows) == 1
+    assert "does not fit" not in rows[0]
+
+
+def test_one_load_has_no_reloads() -> None:
+    assert [(rule.load, rule.reload_s) for rule in a_policy().rules] == [(None, None)] * 2
+
+
+def test_a_draft_model_is_looked_for_in_the_load_of_its_rule(tmp_path: Path) -> None:
+    data = of_two_loads().model_dump(mode="json")
+    data["rules"][0]["load"] |= {"draft": "none", "draft_weights": "none"}
+    (tmp_path / "policy.json").write_text(json.dumps(data))
+    with pytest.raises(PolicyError, match=r"load\.draft is none"):
+        read_policy(tmp_path / "policy.json")
+
+
+OTHER = STOCK.replace(weights="quanto-int8")
+
+
+def of_one_load() -> Policy:
+    """FAST for both contexts; OTHER was faster at the short one when it was searched."""
+    searched = {FAST: (100, 100), STOCK: (50, 50), OTHER: (150, 90)}
+    records = [
+        synthetic_record(c, at, around(rate), stage="search")
+        for c, rates in searched.items()
+        for at, rate in zip((512, 2048), rates, strict=True)
+    ]
+    records += [r for c in (512, 2048) for r in both_finals(FAST, c, 300) + both_finals(STOCK, c, 200)]
+    policy = policy_of(records, dict.fromkeys((512, 2048), FAST), dict.fromkeys((512, 2048), STOCK))
+    assert policy is not None
+    return policy
+
+
+def test_a_rule_says_what_would_have_been_fastest_alone_by_the_search() -> None:
+    short, long = of_one_load().rules
+    assert short.unrestricted is not None
+    assert to_configuration(short.unrestricted.load, short.unrestricted.settings) == OTHER
+    assert short.unrestricted.tokens_per_s == 150
+    assert short.unrestricted.gain == pytest.approx(1.5)
+    assert short.unrestricted.stage == "search"
+    assert "alone, weights=quanto-int8" in short.note
+    assert "1.50 times as fast, by the search's records" in short.note
+    assert long.unrestricted is not None
+    assert (long.unrestricted.load, long.unrestricted.gain) == (load_of(FAST), 1)
+    assert "alone" not in long.note
+
+
+def with_a_boundary(*further: Record) -> Policy:
+    """Two rules that differ, and the settings of the first measured between them."""
+    long = FAST.replace(depth=0)
+    records = [r for c in (512, 2048) for r in both_finals(STOCK, c, 100)]
+    records += both_finals(FAST, 512, 300) + both_finals(long, 2048, 300)
+    records += [synthetic_record(FAST, 1280, around(rate), stage="boundary", peak=700 * MIB) for rate in (210, 212)]
+    chosen = {512: FAST, 1280: FAST, 2048: long}
+    stock = dict.fromkeys((512, 2048), STOCK)
+    policy = policy_of([*records, *further], chosen, stock, contexts=(512, 2048))
+    assert policy is not None
+    return policy
+
+
+def test_a_boundary_between_contexts_is_a_rule_of_its_own_with_its_own_evidence() -> None:
+    policy = with_a_boundary(synthetic_record(FAST.replace(depth=0), 1664, around(250), stage="boundary"))
+    assert [rule.max_context_tokens for rule in policy.rules] == [512, 1280, 2048]
+    assert [chosen_at(policy, length).depth for length in (512, 513, 1280, 1281)] == [4, 4, 4, 0]
+    reach = policy.rules[1]
+    assert reach.evidence["stage"] == "boundary"
+    assert reach.expected.tokens_per_s == 211
+    assert reach.expected.peak_bytes == 700 * MIB
+    assert (reach.speedup, reach.unrestricted) == (None, None)
+    assert "nothing stock" not in reach.note
+    assert policy.rules[2].note.endswith("; the change lies between 1280 and 1664 tokens")
+
+
+def test_where_the_rule_failed_between_contexts_it_says_so() -> None:
+    failed = Record(FAST.replace(depth=0), 1664, "wrong_output", stage="boundary")
+    assert with_a_boundary(failed).rules[2].note.endswith("; it failed at 1664 tokens")
+
+
+def test_a_boundary_that_there_was_no_time_to_look_for_is_at_the_context_and_the_rule_says_so() -> None:
+    long = FAST.replace(depth=0)
+    records = [*both_finals(FAST, 512, 300), *both_finals(long, 2048, 300), *both_finals(long, 4096, 300)]
+    policy = policy_of(records, {512: FAST, 2048: long, 4096: long}, {})
+    assert policy is not None
+    said = [
+        "takes over after 512 tokens, as where between 512 and 2048 was not measured" in r.note for r in policy.rules
+    ]
+    assert said == [False, True, False]
+
+
+def test_boundaries_take_no_part_in_the_choice_of_a_load_group() -> None:
+    records = [synthetic_record(STOCK, c, around(100)) for c in (512, 2048)]
+    records += [synthetic_record(FAST, c, around(99)) for c in (512, 2048, 4096)]
+    looks = [synthetic_record(STOCK, c, around(900), stage="boundary") for c in (1024, 1280)]
+    assert best_group(records + looks, Workload()) == FAST.load_group
+    assert choose(records + looks, Workload()) == dict.fromkeys((512, 2048, 4096), FAST)
+
+
+def test_where_nothing_is_faster_than_baselines_of_two_loads_the_one_that_fits_everywhere_is_kept() -> None:
+    small = STOCK.replace(weights="bf16")
+    stock, fast = {512: small, 2048: STOCK}, dict.fromkeys((512, 2048), FAST)
+    records = [r for c in (512, 2048) for r in both_finals(FAST, c, 100)]
+    records += both_finals(small, 512, 101) + both_finals(STOCK, 2048, 100)
+    everywhere = synthetic_record(STOCK, 512, around(100))
+    assert chosen_at(policy_of(records, fast, stock), 512) == FAST  # nothing of one load that is stock was measured
+    kept = policy_of([*records, everywhere], fast, stock)
+    assert [chosen_at(kept, c) for c in (512, 2048)] == [STOCK, STOCK]
+    slower = synthetic_record(STOCK, 512, around(60))
+    assert chosen_at(policy_of([*records, slower], fast, stock), 512) == FAST
+    reloading = policy_of(records, fast, stock, reloads=True)
+    assert [chosen_at(reloading, c) for c in (512, 2048)] == [small, STOCK]
 
 
 @given(st.permutations([(FAST, 100.0), (FAST.replace(launch="graph"), 101.0), (FAST.replace(depth=0), 99.5)]))

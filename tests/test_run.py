@@ -1,5 +1,9 @@
-"""A whole run on the bundled pair as a user starts it: what it writes, that it continues, and how it ends."""
+"""A whole run on the bundled pair as a user starts it: what it writes, that it continues, and how it ends.
 
+Boundaries between contexts are looked for with a measurement that is a formula.
+"""
+
+import dataclasses
 import json
 import os
 import signal
@@ -7,15 +11,25 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import optuna
 import pandas as pd
 import pytest
+from conftest import synthetic_record
+from hypothesis import given
+from hypothesis import strategies as st
 
-from autotune import trial
-from autotune.policy import read_policy, schema
+from autotune import run, trial
+from autotune.config import Budget, Configuration, Record, Workload
+from autotune.policy import Policy, read_policy, schema
+from autotune.results import read_records
+from autotune.space import Space
+from autotune.study import Search, Studies
+from autotune.trial import Inputs, WorkerFailed
 
 SPACE = """
 [weights]
@@ -98,10 +112,10 @@ def rows(folder: Path) -> pd.DataFrame:
 
 
 def measured(folder: Path) -> Counter[tuple[object, ...]]:
-    """How often each (configuration, context) was measured, finalists measured again apart."""
+    """How often each (configuration, context) was measured for the search."""
     table = rows(folder)
     knobs = ["context_tokens", "weights", "lm_head", "draft", "depth", "cache", "attention", "prefill_chunk", "launch"]
-    return Counter(map(tuple, table[table["stage"] != "final"][knobs].values.tolist()))
+    return Counter(map(tuple, table[table["stage"].isin(["baseline", "search"])][knobs].values.tolist()))
 
 
 def stored(folder: Path) -> int:
@@ -150,14 +164,14 @@ def test_the_same_command_continues_a_killed_run_and_measures_nothing_twice(
     assert set(counts.values()) == {1}
     assert sum(counts.values()) >= killed[1] + 3
     assert "trying weights" not in said
-    assert "scoring the reference" not in said
+    assert not [context for context in (64, 128) if f"scoring the reference at {context} tokens" in said]
 
 
 def test_a_run_writes_a_policy_that_its_schema_and_its_reader_take(finished: tuple[Path, str]) -> None:
     folder = finished[0]
     jsonschema.validate(json.loads((folder / "run" / "policy.json").read_text()), schema())
     policy = read_policy(folder / "run" / "policy.json")
-    assert [rule.max_context_tokens for rule in policy.rules] == [64, 128]
+    assert {64, 128} <= {rule.max_context_tokens for rule in policy.rules}  # a boundary may lie between
     assert all(rule.expected.peak_bytes <= policy.budget_bytes == 2 * 10**9 for rule in policy.rules)
     assert policy.model.path.endswith("target")
 
@@ -249,3 +263,250 @@ def test_ctrl_c_ends_with_the_best_so_far_and_after_a_text_that_was_too_short_no
     policy = read_policy(folder / "run" / "policy.json")
     assert [rule.max_context_tokens for rule in policy.rules] == [64, 128]
     assert len(rows(folder)) == stored(folder) == 2
+
+
+# Boundaries -----------------------------------------------------------------------------------------------------------
+
+SHORT, LONG = Configuration(cache="static"), Configuration(cache="dynamic")
+LOW, HIGH = 512, 2560  # the parts between them are 256 tokens long
+
+
+class Formula:
+    """Rates that cross at a length; a reference that is scored by doing nothing."""
+
+    def __init__(self, cross: int, slope: float = 0.1, scored: bool = True, **outcomes: Any):
+        self.cross, self.slope, self.outcomes = cross, slope, outcomes
+        self.calls: list[tuple[str, int, str]] = []
+        self.now = 0.0
+        self.references: dict[int, str] = {}
+        self.inputs = Inputs("inputs.npz", self.references)
+        self.requests: list[tuple[str, int | None]] = []
+        self.scored = scored
+
+    def measure(self, configuration: Configuration, context: int, stage: str) -> Record:
+        self.calls.append((configuration.cache, context, stage))
+        self.now += 10
+        outcome = self.outcomes.get(f"{configuration.cache}_{context}", "ok")
+        certified = context in (LOW, HIGH) or context in self.references
+        if certified and stage == "boundary":
+            outcome = self.outcomes.get("certificate", outcome)
+            assert Path(self.references[context]).exists()
+        gain = 1 + self.slope * (self.cross - context) / 256
+        middle = 100.0 * (gain if configuration == SHORT else 1.0)
+        figures: dict[str, Any] = {"outcome": outcome, "stage": stage, "measure_s": 10.0, "load_s": 1.0}
+        figures["ratio"] = 1.0 if certified else None
+        return synthetic_record(configuration, context, (middle * 0.99, middle, middle * 1.01), **figures)
+
+    def close(self) -> None:
+        pass
+
+    def uncapped(self) -> "Formula":
+        return self
+
+    kill = close
+
+    def request(self, op: str, timeout_s: float, **data: Any) -> dict[str, Any]:
+        self.requests.append((op, data.get("context")))
+        if not self.scored:
+            raise WorkerFailed("out_of_memory", "no room")
+        if op == "reference":
+            Path(data["path"]).write_text("logits")
+        return {"how": "on the device"}
+
+
+class Quiet:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def phase(self, text: str) -> None: ...
+    def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
+    def record(self, record: Record) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Looked:
+    """A run that has measured its contexts and goes on to look between them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        formula: Formula,
+        *,
+        seconds: float = 1e6,
+        chosen: dict[int, Configuration] | None = None,
+        fits: Callable[[Configuration, int], str] = lambda configuration, context: "",
+    ):
+        self.formula, self.watch = formula, Quiet()
+        chosen = {LOW: SHORT, HIGH: LONG} if chosen is None else chosen
+        workload = Workload(contexts=(LOW, HIGH))
+        space = Space({"cache": ("static", "dynamic")})
+        request = run.Request(
+            folder, [], Budget(10**9), workload, space, "mine", folder, timeout_s=seconds, started=formula.now
+        )
+        info = {"identity": {"model": {"path": "m", "weights_sha256": "a", "tokenizer_sha256": "b"}}, "space": "mine"}
+        info |= {"reference": {"weights": "bf16", "took_s": 5.0}, "study": request.study, "storage": None}
+        info |= {"workload": dataclasses.asdict(workload), "budget": dataclasses.asdict(request.budget)}
+        studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
+        self.search = Search(space, workload, request.budget, studies, formula.measure, fits, 0.0)
+        for record in read_records(run._url(request), request.study):
+            self.search.known[record.configuration, record.context_tokens] = record
+        for context in (LOW, HIGH):
+            for configuration in dict.fromkeys([SHORT, LONG, *chosen.values()]):
+                self.search.measured(configuration, context)
+        self.before = len(formula.calls)
+        formula.now = request.started
+        trials: Any = formula
+        self.found = run._boundaries(request, self.search, trials, info, chosen, {}, self.watch)
+        (folder / "run.json").write_text(json.dumps(info))
+        self.policy: Policy | None = run.conclude(folder, chosen | self.found, {})
+
+    @property
+    def looks(self) -> list[tuple[str, int, str]]:
+        return self.formula.calls[self.before :]
+
+    @property
+    def ends(self) -> list[int]:
+        assert self.policy is not None
+        return [rule.max_context_tokens for rule in self.policy.rules]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Formula], Formula]:
+    """Time passes as the formula measures, and not otherwise."""
+
+    def of(formula: Formula) -> Formula:
+        monkeypatch.setattr("time.monotonic", lambda: formula.now)
+        return formula
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("cross", "end", "tried"),
+    [(800, 768, [1536, 1024, 768]), (1400, 1280, [1536, 1024, 1280]), (2500, 2304, [1536, 2048, 2304])],
+)
+def test_where_the_choice_changes_is_found_by_halving_and_certified_with_quality(
+    tmp_path: Path, clock: Any, cross: int, end: int, tried: list[int]
+) -> None:
+    looked = Looked(tmp_path, clock(Formula(cross)))
+    assert looked.found == {end: SHORT}
+    expected = [(cache, length, "boundary") for length in tried for cache in ("static", "dynamic")]
+    assert looked.looks == [*expected, ("static", end, "boundary")]
+    assert looked.formula.requests == [("load_reference", None), ("reference", end)]
+    assert looked.ends == [LOW, end, HIGH]
+    assert looked.policy is not None
+    assert looked.policy.rules[1].expected.perplexity_ratio == 1.0
+    assert looked.policy.configuration(looked.policy.rules[1]) == SHORT
+    assert f"the change lies between {end} and {end + 256} tokens" in looked.policy.rules[2].note
+    assert list(tmp_path.glob("reference-*.npy")) == []
+
+
+def test_a_policy_with_boundaries_is_rebuilt_from_what_is_stored_and_they_are_in_the_table(
+    tmp_path: Path, clock: Any
+) -> None:
+    looked = Looked(tmp_path, clock(Formula(1400)))
+    assert run.conclude(tmp_path) == looked.policy
+    table = pd.read_csv(tmp_path / "trials.csv")
+    assert set(table[table["stage"] == "boundary"]["context_tokens"]) == {1024, 1280, 1536}
+    again = Looked(tmp_path, clock(Formula(1400)))
+    assert (again.looks, again.ends) == ([], looked.ends)
+
+
+def test_a_tie_ends_the_search_for_a_boundary_there(tmp_path: Path, clock: Any) -> None:
+    looked = Looked(tmp_path, clock(Formula(1536)))
+    assert [length for _, length, _ in looked.looks] == [1536] * 3
+    assert looked.ends == [LOW, 1536, HIGH]
+
+
+def test_a_change_right_after_the_context_needs_no_rule_of_its_own(tmp_path: Path, clock: Any) -> None:
+    looked = Looked(tmp_path, clock(Formula(600)))
+    assert looked.ends == [LOW, HIGH]
+    assert looked.formula.requests == []
+    assert looked.policy is not None
+    assert "the change lies between 512 and 768 tokens" in looked.policy.rules[1].note
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "end"),
+    [
+        ({"static_1536": "over_budget", "static_2048": "over_budget"}, 1280),
+        ({"dynamic_1536": "wrong_output"}, 2304),
+        ({"static_1536": "wrong_output", "dynamic_1536": "wrong_output"}, 1280),
+    ],
+)
+def test_a_rule_does_not_reach_to_where_its_settings_fail_nor_begin_where_the_next_ones_do(
+    tmp_path: Path, clock: Any, outcomes: dict[str, str], end: int
+) -> None:
+    assert Looked(tmp_path, clock(Formula(5000, **outcomes))).ends == [LOW, end, HIGH]
+
+
+def test_what_the_plan_excludes_is_not_measured_between_contexts(tmp_path: Path, clock: Any) -> None:
+    looked = Looked(tmp_path, clock(Formula(5000)), fits=lambda c, length: "too large" if 2560 > length > 1100 else "")
+    assert {length for _, length, _ in looked.looks} == {1024}
+    assert looked.ends == [LOW, 1024, HIGH]
+
+
+def test_a_boundary_whose_quality_is_not_kept_is_none(tmp_path: Path, clock: Any) -> None:
+    looked = Looked(tmp_path, clock(Formula(1400, certificate="quality_loss")))
+    assert looked.looks[-1] == ("static", 1280, "boundary")
+    assert looked.ends == [LOW, HIGH]
+
+
+def test_without_a_reference_there_is_no_boundary_between_contexts(tmp_path: Path, clock: Any) -> None:
+    looked = Looked(tmp_path, clock(Formula(1400, scored=False)))
+    assert looked.ends == [LOW, HIGH]
+    assert "no room" in looked.watch.notes[0]
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, 0), (50.0, 1), (70.0, 2), (1000.0, 3)])
+def test_boundaries_are_looked_for_in_the_time_that_is_left(
+    tmp_path: Path, clock: Any, seconds: float, steps: int
+) -> None:
+    formula = clock(Formula(2500))
+    looked = Looked(tmp_path, formula, seconds=seconds)
+    assert len({length for _, length, _ in looked.looks}) == steps
+    assert formula.now <= seconds - 5 * (steps > 0)  # what the reference takes
+    assert looked.policy is not None
+    assert ("was not measured" in looked.policy.rules[-1].note) == (steps == 0)
+
+
+@pytest.mark.parametrize("other", [SHORT, Configuration(weights="bnb-nf4"), None])
+def test_nothing_is_looked_for_between_equal_choices_different_loads_or_where_one_is_missing(
+    tmp_path: Path, clock: Any, other: Configuration | None
+) -> None:
+    chosen = {LOW: SHORT} if other is None else {LOW: SHORT, HIGH: other}
+    looked = Looked(tmp_path, clock(Formula(1400)), chosen=chosen)
+    assert (looked.looks, looked.found) == ([], {})
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+def test_what_is_stock_at_the_longest_context_is_measured_at_the_others_for_they_may_have_to_share_it(
+    tmp_path: Path, reloads: bool
+) -> None:
+    large, small, fast = Configuration(), Configuration(weights="bnb-nf4"), Configuration(weights="quanto-int4")
+
+    def measure(configuration: Configuration, context: int, stage: str) -> Record:
+        outcome = "over_budget" if (configuration, context) == (large, HIGH) else "ok"
+        return synthetic_record(configuration, context, outcome=outcome, stage=stage)  # type: ignore[arg-type]
+
+    studies = Studies(f"sqlite:///{tmp_path / 'study.db'}", "run", {}, (LOW, HIGH), 0)
+    workload, space = Workload(contexts=(LOW, HIGH)), Space({"cache": ("static", "dynamic")})
+    search = Search(space, workload, Budget(10**9), studies, measure, lambda c, context: "", time.monotonic() + 60)
+    search.baseline([large, small])
+    for context in (LOW, HIGH):
+        search.measured(fast, context)
+    chosen, baselines = run._finalists(search, [large, small], reloads)
+    assert baselines == {LOW: large, HIGH: small}
+    assert ((small, LOW) in search.known) == (not reloads)
+    assert set(chosen) == {LOW, HIGH}
+
+
+@given(st.sets(st.integers(1, 10**5), min_size=1, max_size=5))
+def test_inputs_are_cut_for_every_length_that_a_boundary_may_have(contexts: set[int]) -> None:
+    lengths = run._lengths(contexts)
+    assert lengths == sorted(set(lengths))
+    assert set(contexts) <= set(lengths)
+    assert (min(lengths), max(lengths)) == (min(contexts), max(contexts))
+    assert len(lengths) <= 8 * len(contexts) - 7

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,6 @@ from typing import Any
 
 import optuna
 import pytest
-import sqlalchemy
 from conftest import synthetic_record
 from optuna.trial import TrialState
 
@@ -101,18 +100,6 @@ def search_in(
 
 def trials_of(folder: Path, context: int) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name=f"run/{context}", storage=open_storage(url(folder))).get_trials()
-
-
-@pytest.fixture(autouse=True)
-def _do_not_wait_for_the_disk() -> Iterator[None]:
-    """A trial is some twenty commits; what a power failure would leave is not tested here."""
-
-    def faster(connection: Any, _: object) -> None:
-        connection.execute("PRAGMA synchronous = OFF")
-
-    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", faster)
-    yield
-    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", faster)
 
 
 @pytest.fixture

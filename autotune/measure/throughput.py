@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..config import Configuration
+from ..config import Configuration, overall, per_round
 from ..engine.decode import Engine, Generation
 
 MAX_ROUNDS = 8
@@ -47,7 +47,7 @@ def measure_throughput(
         samples += [_sample(done - 1, index, generation) for index, generation in enumerate(generations)]
         on_round(done)
         now = time.perf_counter()
-        if bar is not None and _rate(samples, "tokens_per_s") < HOPELESS * bar:
+        if bar is not None and overall(samples, "tokens_per_s") < HOPELESS * bar:
             break
         if done >= min_rounds:
             _, low, high = rate_interval(samples, "tokens_per_s")
@@ -63,7 +63,7 @@ def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
     for name in ("tokens_per_s", "decode_tokens_per_s", "ttft_s"):
         figures[name], low, high = rate_interval(samples, name)
         figures[f"{name}_interval"] = (low, high) if math.isfinite(high) else None
-    rates = _rounds(samples, "tokens_per_s")
+    rates = per_round(samples, "tokens_per_s")
     figures["spread"] = statistics.stdev(rates) / statistics.median(rates) if len(rates) > 1 else 0.0
     proposed = sum(sample["proposed"] for sample in samples)
     verifications = sum(sample["verifications"] for sample in samples)
@@ -75,33 +75,13 @@ def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def rate_interval(samples: list[dict[str, Any]], name: str) -> tuple[float, float, float]:
     """Median over rounds and its 95 % interval, by Student's t with the median's efficiency (sqrt(pi / 2))."""
-    values = _rounds(samples, name)
+    values = per_round(samples, name)
     middle = statistics.median(values)
     if len(values) < 2:
         return middle, 0.0, math.inf
     error = statistics.stdev(values) / math.sqrt(len(values)) * math.sqrt(math.pi / 2)
     half = _T.get(len(values) - 1, 12.706) * error
     return middle, max(0.0, middle - half), middle + half
-
-
-def _rounds(samples: list[dict[str, Any]], name: str) -> list[float]:
-    rounds: dict[int, list[dict[str, Any]]] = {}
-    for sample in samples:
-        rounds.setdefault(sample["round"], []).append(sample)
-    return [_rate(round_samples, name) for round_samples in rounds.values()]
-
-
-def _rate(samples: list[dict[str, Any]], name: str) -> float:
-    ttft = sum(sample["ttft_s"] for sample in samples)
-    decode = sum(sum(sample["step_s"]) for sample in samples)
-    tokens = sum(sample["new_tokens"] for sample in samples)
-    match name:
-        case "tokens_per_s":
-            return float(tokens / (ttft + decode))
-        case "decode_tokens_per_s":
-            return float((tokens - len(samples)) / decode) if decode else 0.0
-        case _:
-            return float(ttft / len(samples))
 
 
 def _sample(number: int, prompt: int, generation: Generation) -> dict[str, Any]:
