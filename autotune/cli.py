@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,16 +201,43 @@ def export(folder: Path, to: Path | None, kind: str) -> None:
 
 @_command("verify")
 @click.argument("policy", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(policy: Path, as_json: bool) -> None:
-    """Measure the policy again on this machine; exit 1 where it no longer holds."""
-    from .verify import print_verdicts, verify_policy
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: one object, with --watch one a line.")
+@click.option("--watch", is_flag=True, help="Verify again and again, a line each, until Ctrl-C or a claim fails.")
+@click.option("--every", type=_Duration(), default="10m", show_default=True, help="With --watch: time between rounds.")
+def verify(policy: Path, as_json: bool, watch: bool, every: float) -> None:
+    """Measure the policy again on this machine; exit 1 where a claim no longer holds.
 
-    with _plain_errors():
-        verdicts = verify_policy(policy, phase=lambda text: click.echo(f"  {text}", err=True))
-    print_verdicts(verdicts, as_json)
-    if not all(verdict.holds for verdict in verdicts):
-        sys.exit(1)
+    Says first what differs from the machine, the libraries and the text that it was measured with. The footprint must
+    stay within the budget, the rate reach the lower end of its interval (less 15 %), the perplexity not exceed the
+    upper end of its own.
+    """
+    from .verify import print_verdicts, verify_rounds
+
+    def phase(text: str) -> None:
+        if not watch:
+            click.echo(f"  {text}", err=True)
+
+    rounds = verify_rounds(policy, phase, note=lambda text: click.echo(text, err=as_json))
+    done = 0
+    with _plain_errors(), contextlib.closing(rounds):
+        try:
+            for report in rounds:
+                done += 1
+                if as_json:
+                    click.echo(json.dumps(report.as_json(), indent=None if watch else 2))
+                elif watch:
+                    click.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {report.line()}")
+                else:
+                    print_verdicts(report)
+                if not report.holds:
+                    sys.exit(1)
+                if not watch:
+                    return
+                time.sleep(every)
+        except KeyboardInterrupt:
+            if not watch:
+                raise
+            click.echo(f"stopped after {done} rounds; every claim held", err=True)
 
 
 @_command("generate")
@@ -389,7 +418,9 @@ def _print_policy(policy: Policy, console: Any) -> None:
     stock = {entry.context_tokens: entry for entry in policy.baseline}
     for rule in policy.rules:
         expected, base = rule.expected, stock.get(rule.max_context_tokens)
-        low, high = expected.tokens_per_s_interval
+        rate = f"{expected.tokens_per_s:.1f}"
+        if expected.tokens_per_s_interval is not None:
+            rate += " ({:.1f}-{:.1f})".format(*expected.tokens_per_s_interval)
         loss = f"{expected.perplexity_ratio - 1:+.2%}" if expected.perplexity_ratio is not None else "not measured"
         settings = rule.settings
         text = f"{settings.cache} cache, {settings.launch}" + (
@@ -399,7 +430,7 @@ def _print_policy(policy: Policy, console: Any) -> None:
         table.add_row(
             str(rule.max_context_tokens),
             text,
-            f"{expected.tokens_per_s:.1f} ({low:.1f}-{high:.1f})",
+            rate,
             f"{base.expected.tokens_per_s:.1f}" if base else "does not fit",
             "tie" if rule.tie else f"{rule.speedup:.2f}" if rule.speedup else "-",
             f"{mib(expected.peak_bytes)} ({expected.peak_bytes / policy.budget_bytes:.0%})",
