@@ -176,27 +176,44 @@ def report(folder: Path) -> None:
 @_command("export")
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Path(path_type=Path), help="File to write. Default: standard output.")
-@click.option("--format", "kind", type=click.Choice(["policy", "csv"]), default="policy", show_default=True)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["policy", "transformers", "markdown", "csv"]),
+    default="policy",
+    show_default=True,
+    help="The policy; a Python file for stock transformers; a table for a README; every trial.",
+)
 def export(folder: Path, to: Path | None, kind: str) -> None:
-    """Write a run's policy or its trials elsewhere."""
-    from .results import frame, read_run
-    from .run import conclude
-
+    """Write a run's policy or its trials elsewhere. RUN is a run folder, or (except for csv) a policy.json."""
     with _plain_errors():
-        if kind == "csv":
-            text = frame(read_run(folder).records).to_csv(index=False)
-        else:
-            policy = conclude(folder)
-            if policy is None:
-                raise _answer_is_no(f"{folder} has no policy: no configuration was feasible")
-            text = json.dumps(policy.model_dump(mode="json"), indent=2) + "\n"
+        text = _exported(folder, kind)
         if to is None:
             click.echo(text, nl=False)
             return
         try:
-            to.write_text(text)
+            to.write_text(text, encoding="utf-8")
         except OSError as error:
             raise click.UsageError(f"--to {to} cannot be written: {error.strerror}") from None
+
+
+def _exported(folder: Path, kind: str) -> str:
+    from .export import as_markdown, as_transformers
+    from .policy import read_policy
+    from .results import frame, read_run
+    from .run import conclude
+
+    if kind == "csv":
+        return frame(read_run(folder).records).to_csv(index=False)
+    policy = read_policy(folder) if folder.suffix == ".json" else conclude(folder)
+    if policy is None:
+        raise _answer_is_no(f"{folder} has no policy: no configuration was feasible")
+    match kind:
+        case "transformers":
+            return as_transformers(policy)
+        case "markdown":
+            return as_markdown(policy)
+    return json.dumps(policy.model_dump(mode="json"), indent=2) + "\n"
 
 
 @_command("verify")
@@ -412,7 +429,9 @@ def _print_policy(policy: Policy, console: Any) -> None:
     """What was chosen per context, for a person."""
     from rich.table import Table
 
-    table = Table(title=f"load: {_load_text(policy)}", title_justify="left", header_style="bold")
+    from .export import load_text, settings_text
+
+    table = Table(title=f"load: {load_text(policy.load)}", title_justify="left", header_style="bold")
     for column in ("up to", "settings", "tokens/s", "baseline", "times", "peak of budget", "quality loss"):
         table.add_column(column, justify="left" if column == "settings" else "right")
     stock = {entry.context_tokens: entry for entry in policy.baseline}
@@ -422,14 +441,9 @@ def _print_policy(policy: Policy, console: Any) -> None:
         if expected.tokens_per_s_interval is not None:
             rate += " ({:.1f}-{:.1f})".format(*expected.tokens_per_s_interval)
         loss = f"{expected.perplexity_ratio - 1:+.2%}" if expected.perplexity_ratio is not None else "not measured"
-        settings = rule.settings
-        text = f"{settings.cache} cache, {settings.launch}" + (
-            f", {settings.draft} x {settings.depth}" if settings.depth else ""
-        )
-        text += f", chunks of {settings.prefill_chunk}" if settings.prefill_chunk else ""
         table.add_row(
             str(rule.max_context_tokens),
-            text,
+            settings_text(rule.settings),
             rate,
             f"{base.expected.tokens_per_s:.1f}" if base else "does not fit",
             "tie" if rule.tie else f"{rule.speedup:.2f}" if rule.speedup else "-",
@@ -442,13 +456,6 @@ def _print_policy(policy: Policy, console: Any) -> None:
     for context in policy.workload["contexts"]:
         if context > policy.rules[-1].max_context_tokens:
             console.print(f"{context}: nothing that was measured was feasible; the report says why", markup=False)
-
-
-def _load_text(policy: Policy) -> str:
-    load = policy.load
-    text = f"{load.weights} weights, {load.lm_head} lm_head, {load.attention} attention"
-    text += ", embeddings in host memory" if load.embeddings == "host" else ""
-    return text + (f", draft {Path(load.draft).name} in {load.draft_weights}" if load.draft != "none" else "")
 
 
 if __name__ == "__main__":
