@@ -246,7 +246,8 @@ def test_a_snapshot_of_the_hub_is_known_by_its_name_and_commit(tmp_path: Path) -
     snapshot = tmp_path / "models--org--a-name" / "snapshots" / "8cde5ca8"
     snapshot.mkdir(parents=True)
     assert fingerprint(snapshot)["revision"] == "org/a-name@8cde5ca8"
-    assert fingerprint(tmp_path)["revision"] is None
+    (other := snapshot.parents[1] / "refs" / "main").mkdir(parents=True)
+    assert fingerprint(other)["revision"] is fingerprint(tmp_path)["revision"] is None
 
 
 def test_the_published_schema_is_that_of_the_code() -> None:

@@ -215,6 +215,10 @@ def test_a_budget_below_what_was_witnessed_or_is_witnessed_fails_by_the_differen
         Configuration(), 64, (100.0,) * 3, ratio=1.01, peak=1100 * MIB, outcome="over_budget"
     )
     assert failures(ask(tmp_path, policy(), "--json")) == {"up to 64: footprint": "1,100 MiB, 100 MiB over"}
+    measures[64] = Record(Configuration(), 64, "crashed", "killed by SIGSEGV")  # as libraries do where memory runs out
+    assert failures(ask(tmp_path, lowered, "--json")) == found | {
+        "up to 64: footprint": "crashed: killed by SIGSEGV; 500 MiB when it was measured, 10 MiB over"
+    }
 
 
 @pytest.mark.parametrize("outcome", ["crashed", "timeout", "unsupported"])
