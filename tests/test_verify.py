@@ -273,6 +273,7 @@ def test_watching_prints_a_line_a_round_and_ends_with_1_as_soon_as_a_claim_fails
 
     def pause(seconds: float) -> None:
         pauses.append(seconds)
+        assert len(pauses) < 3, "it went on after a claim failed"
         if len(pauses) == 2:
             measures[128] = synthetic_record(Configuration(), 128, (50.0,) * 3, ratio=1.01)
 
