@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +19,7 @@ from . import __version__
 from .config import OBJECTIVES, Budget, Workload, mib, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
-    from .policy import Load, Policy
+    from .policy import Policy
     from .run import Request
 
 EXAMPLES = {
@@ -200,41 +202,85 @@ def report(folder: Path) -> None:
 @_command("export")
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Path(path_type=Path), help="File to write. Default: standard output.")
-@click.option("--format", "kind", type=click.Choice(["policy", "csv"]), default="policy", show_default=True)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["policy", "transformers", "markdown", "csv"]),
+    default="policy",
+    show_default=True,
+    help="The policy; a Python file for stock transformers; a table for a README; every trial.",
+)
 def export(folder: Path, to: Path | None, kind: str) -> None:
-    """Write a run's policy or its trials elsewhere."""
-    from .results import frame, read_run
-    from .run import conclude
-
+    """Write a run's policy or its trials elsewhere. RUN is a run folder, or (except for csv) a policy.json."""
     with _plain_errors():
-        if kind == "csv":
-            text = frame(read_run(folder).records).to_csv(index=False)
-        else:
-            policy = conclude(folder)
-            if policy is None:
-                raise _answer_is_no(f"{folder} has no policy: no configuration was feasible")
-            text = json.dumps(policy.model_dump(mode="json"), indent=2) + "\n"
+        text = _exported(folder, kind)
         if to is None:
             click.echo(text, nl=False)
             return
         try:
-            to.write_text(text)
+            to.write_text(text, encoding="utf-8")
         except OSError as error:
             raise click.UsageError(f"--to {to} cannot be written: {error.strerror}") from None
 
 
+def _exported(folder: Path, kind: str) -> str:
+    from .export import as_markdown, as_transformers
+    from .policy import read_policy
+    from .results import frame, read_run
+    from .run import conclude
+
+    if kind == "csv":
+        return frame(read_run(folder).records).to_csv(index=False)
+    policy = read_policy(folder) if folder.suffix == ".json" else conclude(folder)
+    if policy is None:
+        raise _answer_is_no(f"{folder} has no policy: no configuration was feasible")
+    match kind:
+        case "transformers":
+            return as_transformers(policy)
+        case "markdown":
+            return as_markdown(policy)
+    return json.dumps(policy.model_dump(mode="json"), indent=2) + "\n"
+
+
 @_command("verify")
 @click.argument("policy", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(policy: Path, as_json: bool) -> None:
-    """Measure the policy again on this machine; exit 1 where it no longer holds."""
-    from .verify import print_verdicts, verify_policy
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: one object, with --watch one a line.")
+@click.option("--watch", is_flag=True, help="Verify again and again, a line each, until Ctrl-C or a claim fails.")
+@click.option("--every", type=_Duration(), default="10m", show_default=True, help="With --watch: time between rounds.")
+def verify(policy: Path, as_json: bool, watch: bool, every: float) -> None:
+    """Measure the policy again on this machine; exit 1 where a claim no longer holds.
 
-    with _plain_errors():
-        verdicts = verify_policy(policy, phase=lambda text: click.echo(f"  {text}", err=True))
-    print_verdicts(verdicts, as_json)
-    if not all(verdict.holds for verdict in verdicts):
-        sys.exit(1)
+    Says first what differs from the machine, the libraries and the text that it was measured with. The footprint must
+    stay within the budget, the rate reach the lower end of its interval (less 15 %), the perplexity not exceed the
+    upper end of its own.
+    """
+    from .verify import print_verdicts, verify_rounds
+
+    def phase(text: str) -> None:
+        if not watch:
+            click.echo(f"  {text}", err=True)
+
+    rounds = verify_rounds(policy, phase, note=lambda text: click.echo(text, err=as_json))
+    done = 0
+    with _plain_errors(), contextlib.closing(rounds):
+        try:
+            for report in rounds:
+                done += 1
+                if as_json:
+                    click.echo(json.dumps(report.as_json(), indent=None if watch else 2))
+                elif watch:
+                    click.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {report.line()}")
+                else:
+                    print_verdicts(report)
+                if not report.holds:
+                    sys.exit(1)
+                if not watch:
+                    return
+                time.sleep(every)
+        except KeyboardInterrupt:
+            if not watch:
+                raise
+            click.echo(f"stopped after {done} rounds; every claim held", err=True)
 
 
 @_command("generate")
@@ -454,30 +500,26 @@ def _print_policy(policy: Policy, console: Any) -> None:
     """What was chosen per context, for a person."""
     from rich.table import Table
 
-    table = Table(title=f"load: {_load_text(policy.load)}", title_justify="left", header_style="bold")
+    from .export import load_text, settings_text
+
+    table = Table(title=f"load: {load_text(policy.load)}", title_justify="left", header_style="bold")
     for column in ("up to", "settings", "tokens/s", "baseline", "times", "peak of budget", "quality loss"):
         table.add_column(column, justify="left" if column == "settings" else "right")
     stock = {entry.context_tokens: entry for entry in policy.baseline}
     asked = policy.workload["contexts"]
     for rule in policy.rules:
         expected, base = rule.expected, stock.get(rule.max_context_tokens)
-        low, high = expected.tokens_per_s_interval
+        rate = f"{expected.tokens_per_s:.1f}"
+        if expected.tokens_per_s_interval is not None:
+            rate += " ({:.1f}-{:.1f})".format(*expected.tokens_per_s_interval)
         loss = f"{expected.perplexity_ratio - 1:+.2%}" if expected.perplexity_ratio is not None else "not measured"
-        settings = rule.settings
-        text = f"{settings.cache} cache, {settings.launch}" + (
-            f", {settings.draft} x {settings.depth}" if settings.depth else ""
-        )
-        text += f", chunks of {settings.prefill_chunk}" if settings.prefill_chunk else ""
-        text += f"; loads {_load_text(rule.load)}" if rule.load else ""
+        text = settings_text(rule.settings) + (f"; loads {load_text(rule.load)}" if rule.load else "")
+        stocks = "does not fit" if rule.max_context_tokens in asked else "-"
         table.add_row(
             str(rule.max_context_tokens),
             text,
-            f"{expected.tokens_per_s:.1f} ({low:.1f}-{high:.1f})",
-            f"{base.expected.tokens_per_s:.1f}"
-            if base
-            else "does not fit"
-            if rule.max_context_tokens in asked
-            else "-",
+            rate,
+            f"{base.expected.tokens_per_s:.1f}" if base else stocks,
             "tie" if rule.tie else f"{rule.speedup:.2f}" if rule.speedup else "-",
             f"{mib(expected.peak_bytes)} ({expected.peak_bytes / policy.budget_bytes:.0%})",
             loss,
@@ -496,12 +538,6 @@ def _print_policy(policy: Policy, console: Any) -> None:
     for context in asked:
         if context > policy.rules[-1].max_context_tokens:
             console.print(f"{context}: nothing that was measured was feasible; the report says why", markup=False)
-
-
-def _load_text(load: Load) -> str:
-    text = f"{load.weights} weights, {load.lm_head} lm_head, {load.attention} attention"
-    text += ", embeddings in host memory" if load.embeddings == "host" else ""
-    return text + (f", draft {Path(load.draft).name} in {load.draft_weights}" if load.draft != "none" else "")
 
 
 if __name__ == "__main__":

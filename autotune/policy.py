@@ -8,6 +8,7 @@ length at which its settings were measured: at a context, or between two at a bo
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import statistics
@@ -17,7 +18,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .config import Budget, Configuration, LoadGroup, Objective, Record, Workload
+from .config import (
+    ATTENTIONS,
+    CACHES,
+    LM_HEADS,
+    WEIGHTS,
+    Budget,
+    Configuration,
+    LoadGroup,
+    Objective,
+    Record,
+    Workload,
+)
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).parent / "policy.schema.json"
@@ -28,27 +40,55 @@ class PolicyError(ValueError):
     """A policy file that cannot be read or used; the message names the file and the key."""
 
 
+def _one_of(*words: str) -> Any:
+    """A field that holds one of a knob's words: what this version does not know, it cannot run."""
+    return Field(pattern=f"^({'|'.join(words)})$")
+
+
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)  # unknown fields survive a round trip
+    """Unknown fields survive a round trip: a later version may have written them.
+
+    One that resembles a known field which is missing beside it is taken for a misspelling and refused. A file that
+    autotune wrote holds every field that its version knows, so none of its own is ever taken for one.
+    """
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_misspelling(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            missing = set(cls.model_fields) - set(data)
+            for key in sorted(set(data) - set(cls.model_fields)):
+                if meant := difflib.get_close_matches(key, missing, 1, 0.8):
+                    raise ValueError(f"unknown field '{key}': write '{meant[0]}'")
+        return data
 
 
 class ModelInfo(_Model):
-    """The target that was measured. `weights_sha256` covers the safetensors headers and sizes."""
+    """A model that was measured: `files` are the sha256 of what it was loaded from, as `sha256sum` gives them.
+
+    `revision` is `org/name@commit` for a folder of the Hugging Face cache. The two sums over several files are those of
+    the lines that `sha256sum` prints for them. Where `files` is empty, an earlier version wrote the policy and the sums
+    cover only the weights' headers, sizes and ends.
+    """
 
     path: str
+    revision: str | None = None
     weights_sha256: str
     tokenizer_sha256: str
+    files: dict[str, str] = Field(default_factory=dict)
 
 
 class Load(_Model):
     """The load group: what is loaded once, for all rules."""
 
-    weights: str
-    lm_head: str
+    weights: str = _one_of(*WEIGHTS)
+    lm_head: str = _one_of(*LM_HEADS)
     embeddings: Literal["device", "host"]
     draft: str
-    draft_weights: str
-    attention: str
+    draft_weights: str = _one_of("none", *WEIGHTS)
+    attention: str = _one_of(*ATTENTIONS)
 
 
 class Settings(_Model):
@@ -56,16 +96,19 @@ class Settings(_Model):
 
     draft: Literal["none", "prompt-lookup", "model"]
     depth: int = Field(ge=0, le=16)
-    cache: str
+    cache: str = _one_of(*CACHES)
     prefill_chunk: int = Field(ge=0)
     launch: Literal["eager", "graph", "compile"]
 
 
 class Expected(_Model):
-    """What was measured, with 95 % intervals: rates in tokens/s, the peak footprint in bytes."""
+    """What was measured, with 95 % intervals: rates in tokens/s, the highest footprint that was witnessed in bytes.
+
+    An interval is null where too little was measured for one.
+    """
 
     tokens_per_s: float = Field(gt=0)
-    tokens_per_s_interval: tuple[float, float]
+    tokens_per_s_interval: tuple[float, float] | None = None
     decode_tokens_per_s: float = Field(ge=0)
     ttft_s: float = Field(gt=0)
     peak_bytes: int = Field(gt=0)
@@ -88,6 +131,19 @@ class Unrestricted(_Model):
     stage: str
 
 
+class Evidence(_Model):
+    """What `expected` rests on: so many measurements with prompts and new tokens of these lengths.
+
+    `witness` is the instrument that saw the footprint; `stage` is `final` for finalists that were measured again.
+    """
+
+    stage: str = ""
+    measurements: int = 0
+    witness: str = ""
+    context_tokens: int | None = None
+    new_tokens: int | None = None
+
+
 class Rule(_Model):
     """Prompts of up to `max_context_tokens` tokens (and longer than the rule before).
 
@@ -101,7 +157,7 @@ class Rule(_Model):
     speedup_interval: tuple[float, float] | None = None
     tie: bool = False
     note: str = ""
-    evidence: dict[str, Any] = Field(default_factory=dict)
+    evidence: Evidence = Field(default_factory=Evidence)
     load: Load | None = None
     reload_s: float | None = None
     unrestricted: Unrestricted | None = None
@@ -121,6 +177,7 @@ class Policy(_Model):
 
     schema_version: Literal[1] = 1
     model: ModelInfo
+    drafts: list[ModelInfo] = Field(default_factory=list)
     budget_bytes: int = Field(gt=0)
     environment: dict[str, Any]
     workload: dict[str, Any]
@@ -179,11 +236,11 @@ def read_policy(path: Path) -> Policy:
         raise PolicyError(f"{path} cannot be read: {error}") from None
     except ValueError as error:
         raise PolicyError(f"{path} is not valid JSON: {error}") from None
-    if isinstance(data, dict) and data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-        raise PolicyError(
-            f"{path} has schema_version {data['schema_version']!r}; this autotune reads {SCHEMA_VERSION}: "
-            "export it again with the version that wrote it, or run autotune again"
-        )
+    version = data.get("schema_version", SCHEMA_VERSION) if isinstance(data, dict) else SCHEMA_VERSION
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        mend = "a newer autotune wrote it: update this one" if newer else "run autotune again to make one"
+        raise PolicyError(f"{path} has schema_version {version!r}; this autotune reads {SCHEMA_VERSION}: {mend}")
     try:
         return Policy.model_validate(data)
     except ValidationError as error:
@@ -323,10 +380,11 @@ def make_policy(
     *,
     workload: Workload,
     budget: Budget,
-    model: dict[str, str],
+    model: dict[str, Any],
     environment: dict[str, Any],
     workload_info: dict[str, Any],
     reloads: bool = False,
+    drafts: Iterable[dict[str, Any]] = (),
 ) -> Policy | None:
     """The policy of what `settle` leaves of the chosen configurations, a rule for each.
 
@@ -357,6 +415,7 @@ def make_policy(
     ]
     return Policy(
         model=ModelInfo(**model),
+        drafts=[ModelInfo(**draft) for draft in drafts if draft["path"] in {c.draft for c in chosen.values()}],
         budget_bytes=budget.bytes,
         environment=environment,
         workload={**workload_info, "maximized": maximized(workload)},
@@ -467,7 +526,13 @@ def _rule(
         speedup_interval=(low, high) if compared else None,
         tie=compared and low <= 1 <= high,
         note=note,
-        evidence={"stage": evidence[0].stage, "measurements": len(evidence), "witness": evidence[0].witness},
+        evidence=Evidence(
+            stage=evidence[0].stage,
+            measurements=len(evidence),
+            witness=evidence[0].witness,
+            context_tokens=context,
+            new_tokens=workload.new_tokens,
+        ),
         unrestricted=unrestricted,
     )
 
@@ -530,10 +595,12 @@ def expected_of(evidence: list[Record]) -> Expected:
     def middle(name: str) -> float:
         return float(statistics.median(getattr(record, name) for record in evidence))
 
-    lows, highs = zip(*(record.tokens_per_s_interval or (0.0, 0.0) for record in evidence), strict=True)
+    intervals = [record.tokens_per_s_interval for record in evidence if record.tokens_per_s_interval is not None]
     return Expected(
         tokens_per_s=middle("tokens_per_s"),
-        tokens_per_s_interval=(min(lows), max(highs)),
+        tokens_per_s_interval=(min(low for low, _ in intervals), max(high for _, high in intervals))
+        if intervals
+        else None,
         decode_tokens_per_s=middle("decode_tokens_per_s"),
         ttft_s=middle("ttft_s"),
         peak_bytes=max(record.peak_bytes or 0 for record in evidence),

@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +76,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
     """
     shapes = check_inputs(request)
     _check_budget(request, shapes)
-    info = _prepare_folder(request)
+    info = _prepare_folder(request, watch)
     studies = Studies(_url(request), request.study, info["identity"], request.workload.contexts, request.seed)
     with Trials(str(request.model), request.workload, request.budget, request.out, watch.phase) as trials:
         chosen: dict[int, Configuration] = {}
@@ -163,12 +164,12 @@ def _check_budget(request: Request, shapes: dict[str, planning.ModelShape]) -> N
         )
 
 
-def _prepare_folder(request: Request) -> dict[str, Any]:
+def _prepare_folder(request: Request, watch: Watch) -> dict[str, Any]:
     """run.json, written or continued. Raises RunError."""
     workload = json.loads(json.dumps(dataclasses.asdict(request.workload)))
     identity = {
-        "model": fingerprint(request.model),
-        "drafts": [fingerprint(draft) for draft in request.drafts],
+        "model": fingerprint(request.model, watch.phase),
+        "drafts": [fingerprint(draft, watch.phase) for draft in request.drafts],
         "workload": workload,
         "budget": dataclasses.asdict(request.budget),
         "space": json.loads(json.dumps(dict(request.space.choices))),
@@ -219,27 +220,51 @@ def _url(request: Request) -> str:
     return request.storage or f"sqlite:///{(request.out / 'study.db').resolve()}"
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
-    """What tells one model from another: its config, its weights' headers and sizes, its tokenizer."""
-    weights, tokenizer = hashlib.sha256(), hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            weights.update(path.name.encode() + str(path.stat().st_size).encode() + file.read(min(length, 2**26)))
-            file.seek(-min(2**16, path.stat().st_size), 2)
-            weights.update(file.read())
-    weights.update((folder / "config.json").read_bytes())
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (folder / name).exists():
-            tokenizer.update((folder / name).read_bytes())
-    return {"path": str(folder), "weights_sha256": weights.hexdigest(), "tokenizer_sha256": tokenizer.hexdigest()}
+def fingerprint(folder: Path, phase: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """A model folder as policy.ModelInfo has it: sha256 of every file that decides what is computed.
+
+    Whole files are read, shards in parallel, once per run: about a second a GB, less than one load from the disk, and
+    the file cache then holds them for the loads that follow. Blocks sampled from them would miss a changed byte.
+    """
+    weights = [*sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json", folder / "config.json"]
+    tokenizer = [folder / name for name in _TOKENIZER_FILES]
+    paths = [path for path in weights + tokenizer if path.exists()]
+    phase(f"hashing {folder.name}, {mib(sum(path.stat().st_size for path in paths))}")
+    with ThreadPoolExecutor() as pool:
+        files = {path.name: digest for path, digest in zip(paths, pool.map(_sha256, paths), strict=True)}
+    both = [
+        hashlib.sha256("".join(f"{files[p.name]}  {p.name}\n" for p in group if p.name in files).encode()).hexdigest()
+        for group in (weights, tokenizer)
+    ]
+    return {
+        "path": str(folder),
+        "revision": _revision(folder),
+        "weights_sha256": both[0],
+        "tokenizer_sha256": both[1],
+        "files": files,
+    }
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _revision(folder: Path) -> str | None:
+    """org/name@commit where the folder is a snapshot in a Hugging Face cache: models--org--name/snapshots/commit."""
+    folder = folder.absolute()
+    if folder.parent.name != "snapshots" or not (repository := folder.parents[1].name).startswith("models--"):
+        return None
+    return f"{repository.removeprefix('models--').replace('--', '/')}@{folder.name}"
 
 
 def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watch) -> tuple[dict[str, Any], Space]:
     """Look at the machine, cut the text, score the reference; done once per run folder."""
-    tokens = request.out / "inputs.npz"
-    references = {context: str(request.out / f"reference-{context}.npy") for context in request.workload.contexts}
-    if "environment" not in info or not tokens.exists() or not all(Path(p).exists() for p in references.values()):
+    inputs = input_files(request.out, request.workload)
+    if "environment" not in info or not all(Path(p).exists() for p in (inputs.tokens, *inputs.references.values())):
         worker = trials.uncapped()
         try:
             info["environment"] = worker.request("environment", 120)
@@ -249,28 +274,14 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
             heads = {"int8": "quanto-int8", "nf4": "bnb-nf4"}
             words["weights"] += [heads[w] for w in request.space.choices["lm_head"] if w in heads]
             info["failed"] = worker.request("probe", 900, words={k: list(dict.fromkeys(v)) for k, v in words.items()})
-            shape = planning.read_shape(request.model)
-            info["text"] = worker.request(
-                "inputs",
-                300,
-                model=str(request.model),
-                text=_text_file(request),
-                prompts=request.workload.prompts,
-                contexts=_lengths(request.workload.contexts),
-                windows=_WINDOWS[shape.vocab_size > 32768],
-                path=str(tokens),
-            )
-            weights = "checkpoint" if shape.prequantized else info["environment"]["full_precision"]
-            info["reference"] = {
-                "weights": weights,
-                **_score_reference(worker, request.model, weights, Inputs(str(tokens), references)),
-            }
+            text = text_file(request.workload, request.out)
+            info |= prepare_inputs(worker, request.model, request.workload, text, request.out, info["environment"])
         except WorkerFailed as failure:
             raise RunError(f"preparing the run failed ({failure.outcome}): {failure.reason}") from None
         finally:
             worker.kill()
         _write(request.out / "run.json", info)
-    trials.inputs = Inputs(str(tokens), references)
+    trials.inputs = inputs
     shape = planning.read_shape(request.model)
     space = request.space.restrict(
         device=request.budget.device,
@@ -302,14 +313,43 @@ def _between(low: int, high: int) -> list[int]:
     return [low + (high - low) * part // _PARTS for part in range(1, _PARTS)] if high - low >= _PARTS else []
 
 
-def _text_file(request: Request) -> str:
-    if request.workload.text is not None:
-        return request.workload.text
+def input_files(folder: Path, workload: Workload) -> Inputs:
+    """Where `prepare_inputs` writes."""
+    references = {context: str(folder / f"reference-{context}.npy") for context in workload.contexts}
+    return Inputs(str(folder / "inputs.npz"), references)
+
+
+def prepare_inputs(
+    worker: WorkerProcess, model: Path, workload: Workload, text: Path, folder: Path, environment: dict[str, Any]
+) -> dict[str, Any]:
+    """Cut the text and score it with the unquantized model, into files in `folder`: what every measurement rests on.
+
+    Returns what was cut (`text`) and how it was scored (`reference`). Raises WorkerFailed.
+    """
+    shape, inputs = planning.read_shape(model), input_files(folder, workload)
+    cut = worker.request(
+        "inputs",
+        300,
+        model=str(model),
+        text=str(text),
+        prompts=workload.prompts,
+        contexts=_lengths(workload.contexts),
+        windows=_WINDOWS[shape.vocab_size > 32768],
+        path=inputs.tokens,
+    )
+    weights = "checkpoint" if shape.prequantized else environment["full_precision"]
+    return {"text": cut, "reference": {"weights": weights, **_score_reference(worker, model, weights, inputs)}}
+
+
+def text_file(workload: Workload, folder: Path) -> Path:
+    """The text that is measured on; the bundled one is written into `folder`."""
+    if workload.text is not None:
+        return Path(workload.text)
     from .demo import held_out_text
 
-    path = request.out / "text.txt"
+    path = folder / "text.txt"
     path.write_text(held_out_text(), encoding="utf-8")
-    return str(path)
+    return path
 
 
 def _search(
@@ -590,6 +630,7 @@ def conclude(
         workload=run.workload,
         budget=run.budget,
         model=run.info["identity"]["model"],
+        drafts=run.info["identity"]["drafts"],
         environment=run.info.get("environment", {}),
         workload_info={**run.info["workload"], **run.info.get("text", {}), "space": run.info["space"]},
         reloads=run.info.get("reloads", False),

@@ -27,7 +27,6 @@ from autotune.engine.load import full_precision
 from autotune.engine.runner import Runner
 from autotune.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
 from autotune.run import fingerprint
-from autotune.verify import verify_policy
 
 WORDS = full_precision("cpu")
 
@@ -506,33 +505,6 @@ def test_generate_keeps_the_budget_and_prints_the_text(tmp_path: Path) -> None:
     done = subprocess.run(command, input="def main():", capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert "the budget is" in done.stderr
-
-
-def test_verify_holds_here_and_names_the_claim_that_does_not(tmp_path: Path) -> None:
-    write_policy(policy(), tmp_path / "policy.json")
-    verdicts = verify_policy(tmp_path / "policy.json")
-    assert all(verdict.holds for verdict in verdicts), verdicts
-    assert {"up to 64: footprint", "up to 128: footprint", "up to 128: tokens/s"} <= {v.claim for v in verdicts}
-    greedy = policy()
-    greedy.rules[0].expected.tokens_per_s_interval = (10**6, 10**6 + 1)
-    write_policy(greedy, tmp_path / "policy.json")
-    failed = [verdict.claim for verdict in verify_policy(tmp_path / "policy.json") if not verdict.holds]
-    assert failed == ["up to 64: tokens/s"]
-
-
-def test_verify_fails_for_a_budget_that_is_too_low_and_for_another_model(tmp_path: Path) -> None:
-    write_policy(policy(budget=300 * 10**6), tmp_path / "policy.json")
-    result = CliRunner().invoke(cli.main, ["verify", str(tmp_path / "policy.json"), "--json"])
-    assert result.exit_code == 1
-    failed = [row for row in json.loads(result.stdout) if not row["holds"]]
-    assert {row["claim"] for row in failed} == {"up to 64: runs", "up to 128: runs"}
-    changed = policy()
-    changed.model.weights_sha256 = "0" * 64
-    write_policy(changed, tmp_path / "policy.json")
-    result = CliRunner().invoke(cli.main, ["verify", str(tmp_path / "policy.json")])
-    assert result.exit_code == 1
-    assert "weights sha256" in result.stdout
-    assert "FAILS" in result.stdout
 
 
 def test_plan_predicts_without_torch_and_says_what_fits() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ from autotune.cli import _print_policy
 from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workload
 from autotune.policy import (
     SCHEMA_FILE,
+    Evidence,
     Policy,
     PolicyError,
     _t95,
@@ -34,6 +36,7 @@ from autotune.policy import (
     to_configuration,
     write_policy,
 )
+from autotune.run import fingerprint
 
 BUDGET = Budget(1000 * MIB)
 DRAFT = "/models/draft"
@@ -116,6 +119,146 @@ def test_a_policy_survives_its_file_with_the_fields_of_a_later_version(tmp_path:
     assert json.loads((tmp_path / "again.json").read_text()) == data
 
 
+names = st.text(min_size=1, max_size=12)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(names, values, max_size=3),
+    max_leaves=6,
+)
+
+
+def objects(data: Any) -> list[dict[str, Any]]:
+    """Every object of a policy that has fields, the free ones (environment, workload, files) left out."""
+    if isinstance(data, list):
+        return [found for value in data for found in objects(value)]
+    if not isinstance(data, dict):
+        return []
+    free = ("environment", "workload", "files")
+    return [data, *(found for key, value in data.items() if key not in free for found in objects(value))]
+
+
+@given(st.data())
+def test_whatever_a_later_version_adds_at_any_place_survives_reading_and_writing(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    written = a_policy().model_dump(mode="json")
+    places = objects(written)
+    assert len(places) == 19
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.sampled_from(places))
+        fields = names | st.sampled_from(["copy", "json", "model_dump", "model_config", "__class__", "self"])
+        place[data.draw(fields.filter(lambda name, place=place: name not in place))] = data.draw(json_values)
+    for free in ("environment", "workload"):
+        written[free] |= data.draw(st.dictionaries(names, json_values, max_size=2))
+    path = tmp_path_factory.mktemp("policy") / "policy.json"
+    path.write_text(json.dumps(written))
+    write_policy(read_policy(path), path)
+    assert json.loads(path.read_text()) == written
+
+
+@pytest.mark.parametrize(
+    ("place", "known", "misspelt"),
+    [
+        ([], "drafts", "draft"),
+        (["model"], "revision", "revison"),
+        (["rules", 0], "speedup_interval", "speedup_intervall"),
+        (["rules", 0, "expected"], "tokens_per_s_interval", "token_per_s_interval"),
+        (["rules", 1, "expected"], "perplexity_ratio", "perplexity-ratio"),
+        (["rules", 1, "settings"], "launch", "lauch"),
+    ],
+)
+def test_a_misspelt_field_is_refused_with_the_field_that_is_meant(
+    tmp_path: Path, place: list[Any], known: str, misspelt: str
+) -> None:
+    data = a_policy().model_dump(mode="json")
+    at = data
+    for step in place:
+        at = at[step]
+    at[misspelt] = at[known]
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(data))
+    write_policy(read_policy(path), path)  # beside the field itself it is a later version's
+    assert json.loads(path.read_text()) == data
+    del at[known]
+    path.write_text(json.dumps(data))
+    with pytest.raises(PolicyError, match=rf"policy\.json: .*unknown field '{misspelt}': write '{known}'"):
+        read_policy(path)
+
+
+def test_a_policy_of_the_first_version_is_read_and_its_new_fields_are_empty() -> None:
+    policy = read_policy(Path(__file__).parents[1] / "results" / "reference" / "policy.json")
+    assert policy.drafts == []
+    assert policy.model.files == {}
+    assert policy.rules[0].evidence.witness == "resident set"
+    assert policy.rules[0].evidence.new_tokens is None
+
+
+def test_where_too_little_was_measured_for_an_interval_there_is_none() -> None:
+    none = [synthetic_record(FAST, 512, stage="final", tokens_per_s_interval=None)]
+    one = [synthetic_record(FAST, 512, stage="final", tokens_per_s_interval=(98.0, 103.0))]
+    for records, interval in ((none, None), (none + one, (98.0, 103.0))):
+        policy = policy_of(records, {512: FAST}, {})
+        assert policy is not None
+        assert policy.rules[0].expected.tokens_per_s_interval == interval
+
+
+def test_the_certificate_names_the_files_of_the_draft_that_is_loaded_and_of_no_other() -> None:
+    drafts = [{**MODEL, "path": path, "files": {"config.json": "0c"}} for path in ("/models/other", DRAFT)]
+    for chosen, named in ((FAST, [DRAFT]), (STOCK, [])):
+        policy = make_policy(
+            both_finals(chosen, 512, 150),
+            {512: chosen},
+            {},
+            workload=Workload(contexts=(512,)),
+            budget=BUDGET,
+            model=MODEL,
+            drafts=drafts,
+            environment={},
+            workload_info={},
+        )
+        assert policy is not None
+        assert [draft.path for draft in policy.drafts] == named
+
+
+def sha256sum(*paths: Path) -> str:
+    """What `sha256sum` prints for the files, hashed once more."""
+    lines = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_a_fingerprint_covers_every_byte_of_every_file_that_decides_what_is_computed(tmp_path: Path) -> None:
+    for name in ("model-1.safetensors", "model-2.safetensors", "config.json", "tokenizer.json", "README.md"):
+        (tmp_path / name).write_bytes(random.Random(name).randbytes(300_000))
+    before = fingerprint(tmp_path)
+    assert sorted(before["files"]) == ["config.json", "model-1.safetensors", "model-2.safetensors", "tokenizer.json"]
+    assert before["weights_sha256"] == sha256sum(
+        *(tmp_path / name for name in ("model-1.safetensors", "model-2.safetensors", "config.json"))
+    )
+    assert before["tokenizer_sha256"] == sha256sum(tmp_path / "tokenizer.json")
+    for name in before["files"]:
+        data = bytearray(kept := (tmp_path / name).read_bytes())
+        data[150_000] ^= 1
+        (tmp_path / name).write_bytes(data)
+        now = fingerprint(tmp_path)
+        kind = "tokenizer_sha256" if name == "tokenizer.json" else "weights_sha256"
+        assert {key for key in before if before[key] != now[key]} == {"files", kind}
+        assert [file for file in now["files"] if now["files"][file] != before["files"][file]] == [name]
+        (tmp_path / name).write_bytes(kept)
+    assert fingerprint(tmp_path) == before
+
+
+def test_a_snapshot_of_the_hub_is_known_by_its_name_and_commit(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--a-name" / "snapshots" / "8cde5ca8"
+    snapshot.mkdir(parents=True)
+    assert fingerprint(snapshot)["revision"] == "org/a-name@8cde5ca8"
+    (other := snapshot.parents[1] / "refs" / "main").mkdir(parents=True)
+    assert fingerprint(other)["revision"] is fingerprint(tmp_path)["revision"] is None
+
+
 def test_the_published_schema_is_that_of_the_code() -> None:
     assert SCHEMA_FILE.read_text() == json.dumps(schema(), indent=2) + "\n"
 
@@ -130,6 +273,8 @@ WRONG: dict[str, tuple[list[Any], Any, str]] = {
     "no rules": (["rules"], [], "rules"),
     "a depth of text": (["rules", 0, "settings", "depth"], "four", "rules.0.settings.depth"),
     "a huge depth": (["rules", 0, "settings", "depth"], 17, "rules.0.settings.depth"),
+    "an unknown cache": (["rules", 0, "settings", "cache"], "quantised-4", "rules.0.settings.cache"),
+    "unknown weights": (["load", "weights"], "nf4", "load.weights"),
     "an unknown launch": (["rules", 1, "settings", "launch"], "rocket", "rules.1.settings.launch"),
     "an unknown draft": (["rules", 1, "settings", "draft"], DRAFT, "rules.1.settings.draft"),
     "a negative budget": (["budget_bytes"], -1, "budget_bytes"),
@@ -169,7 +314,14 @@ def test_a_key_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "not valid JSON"), ("[]", "policy: "), ("null", "policy: "), ('{"schema_version": 2}', "2; ")],
+    [
+        ("{", "not valid JSON"),
+        ("[]", "policy: "),
+        ("null", "policy: "),
+        ('{"schema_version": 2}', "2; this autotune reads 1: a newer autotune wrote it: update this one"),
+        ('{"schema_version": 0}', "0; this autotune reads 1: run autotune again"),
+        ('{"schema_version": "1"}', "'1'; this autotune reads 1: run autotune again"),
+    ],
 )
 def test_what_is_no_policy_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "policy.json").write_text(text)
@@ -236,7 +388,9 @@ def test_a_significant_winner_is_chosen_and_its_speedup_said() -> None:
     assert 1.4 < rule.speedup_interval[0] < 1.5 < rule.speedup_interval[1] < 1.6
     assert not rule.tie
     assert rule.note.startswith("1.50 times the baseline")
-    assert rule.evidence["stage"] == "final"
+    assert rule.evidence == Evidence(
+        stage="final", measurements=2, witness="resident set", context_tokens=512, new_tokens=128
+    )
     assert rule.expected.tokens_per_s == pytest.approx(150)
     (stock,) = policy.baseline
     assert to_configuration(stock.load, stock.settings) == STOCK

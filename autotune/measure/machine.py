@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import __version__
 from ..engine.load import Unsupported, compute_dtype, full_precision, quantize_linear, register_split_kv
 
 
 def describe(device: str) -> dict[str, Any]:
     """Device, driver and the versions that a figure depends on."""
+    libraries = {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "optimum-quanto")}
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "full_precision": full_precision(device),
-        "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "optimum-quanto")},
+        "versions": {"autotune": __version__, **libraries},
     }
     if device == "cpu":
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
