@@ -42,10 +42,12 @@ DEQUANTIZED_FROM = {"bnb-nf4": 2, "bnb-fp4": 2, "nf4": 2, "quanto-int8": 1, "int
 # whole matrix is expanded before the product
 LOAD_COPIES = {"bnb-int8": 2}  # half-precision copies of the matrix being quantized that outweigh a prefill's workspace
 WORKSPACE = {"cuda": 32 * MIB, "cpu": 0}  # cuBLAS keeps one per process (Hopper's; older GPUs take 8 MiB)
-FRAGMENTS = {"cuda": 50 * MIB, "cpu": 16 * MIB}  # partly used allocator segments
+FRAGMENTS = {"cuda": 50 * MIB, "cpu": 32 * MIB}  # partly used allocator segments; code and kernels of the first pass
+HEAP_KEPT = {"cuda": 0, "cpu": 16 * MIB}  # freed activations that the heap keeps, up to Meter's M_TRIM_THRESHOLD
+DRAFT_FIRST_USE = {"cuda": 0, "cpu": 20 * MIB}  # kernels for the draft's shapes and for every count of verified tokens
 # A cache that grows by concatenation leaves its outgrown blocks with the allocator: share of its full-precision size.
 GROWTH_SLACK = {"cuda": 0.30, "cpu": 0.05}
-QUANTIZED_GROWTH_SLACK = {"cuda": 0.42, "cpu": 0.10}  # and it is expanded and quantized again beside that
+QUANTIZED_GROWTH_SLACK = {"cuda": 0.42, "cpu": 0.75}  # and it is expanded and quantized again beside that
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
@@ -418,7 +420,8 @@ def predict(
     kv = sum(sorted(held)[-2:]) if c.cache == "offloaded" else sum(held)  # one layer in use, the next on its way
     drafted, draft_kv = _draft_bytes(draft, c, tokens) if draft is not None and c.has_draft_model else (0, 0)
     activations = _activations(target, c, context, tokens, kind)
-    slack = FRAGMENTS[kind] + _growth_slack(target, c, tokens, kv, draft_kv, kind)
+    slack = FRAGMENTS[kind] + min(HEAP_KEPT[kind], activations) + _growth_slack(target, c, tokens, kv, draft_kv, kind)
+    slack += DRAFT_FIRST_USE[kind] if c.has_draft_model else 0
     correction = _correction(calibration, c, kv + draft_kv + activations)
     movable = max(0, activations + slack + round(correction))  # a negative correction takes from these two
     activations = min(activations, movable)
@@ -599,9 +602,10 @@ def calibrate(pairs: Iterable[tuple[Record, Prediction]], device: str) -> Calibr
     return Calibration(fitted.base_bytes, fitted.corrections, _high(errors) if errors else None)
 
 
-def _keys(configuration: Configuration) -> tuple[str, str]:
+def _keys(configuration: Configuration) -> tuple[str, ...]:
     """The words that a correction is kept under, the most specific first."""
-    return f"{configuration.weights} {configuration.cache} {configuration.launch}", configuration.weights
+    c, draft = configuration, " draft" if configuration.has_draft_model else ""
+    return f"{c.weights} {c.cache} {c.launch}{draft}", f"{c.weights}{draft}", c.weights
 
 
 def _moving(prediction: Prediction) -> int:
@@ -614,16 +618,26 @@ def _fit(pairs: Sequence[tuple[Record, Prediction]], default: Calibration) -> Ca
     for record, prediction in pairs:
         peak = record.peak_bytes or 0
         missed = peak - base - (prediction.total - prediction.owners["base"])
-        for key in _keys(record.configuration):
+        for key in dict.fromkeys(_keys(record.configuration)):
             points.setdefault(key, []).append((_moving(prediction), missed, peak))
-    return Calibration(base, {key: _upper_line(seen) for key, seen in points.items()})
+    lines: dict[str, tuple[float, float]] = {}
+    for record, _ in pairs:  # the widest key first: its slope serves where a narrower one has too few points
+        slope = 0.0
+        for key in reversed(_keys(record.configuration)):
+            lines[key] = _upper_line(points[key], slope)
+            slope = lines[key][1]
+    return Calibration(base, lines)
 
 
-def _upper_line(points: Sequence[tuple[int, int, int]]) -> tuple[float, float]:
-    """Offset and share of a least-squares line, raised to the 95th percentile and to within 1 % of every peak."""
+def _upper_line(points: Sequence[tuple[int, int, int]], slope: float) -> tuple[float, float]:
+    """Offset and share of a least-squares line, raised to the 95th percentile and to within 1 % of every peak.
+
+    `slope` is taken where there are fewer than three points to fit one.
+    """
     mean = sum(x for x, _, _ in points) / len(points)
     spread = sum((x - mean) ** 2 for x, _, _ in points)
-    slope = sum((x - mean) * y for x, y, _ in points) / spread if spread and len(points) > 2 else 0.0
+    if spread and len(points) > 2:
+        slope = sum((x - mean) * y for x, y, _ in points) / spread
     slope = min(max(slope, -0.5), 2.0)  # more than -1 keeps predictions rising with the context
     left = [(y - slope * x, peak) for x, y, peak in points]
     return max(_high([y for y, _ in left]), max(y - 0.01 * peak for y, peak in left)), slope

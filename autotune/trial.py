@@ -26,6 +26,7 @@ from .config import Budget, Configuration, LoadGroup, Outcome, Record, Workload,
 STARTUP_S = 300.0
 LOAD_S = 900.0
 STABLE = 0.5  # standard deviation of the rounds' rates, relative to their median, above which a figure is no figure
+BUSY = 0.25  # share of the time in which others kept the processors, or the GPU, from a measurement that counts
 _LOOK, _CARE = (2, 6.0), (2, 10.0)  # least rounds and seconds of them: while searching, and for finalists
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
 WORKER = (sys.executable, "-m", "autotune.worker")
@@ -285,6 +286,7 @@ class Trials:
         try:
             worker = self._ready(configuration.load_group)
             assert worker.witness is not None
+            worker.request("begin", timeout_s)  # gives back what the last one left, before the witness looks
             worker.witness.begin()
             answer = worker.request(
                 "measure",
@@ -313,7 +315,7 @@ class Trials:
         seen = max(answer["peak_bytes"], worker.witness.peak, self._load_peak)
         answer |= {"peak_bytes": seen, "witness": worker.witness.instrument}
         answer |= known or {}
-        outcome, reason = self._judge(answer, answer.pop("wrong_output"))
+        outcome, reason = self._judge(answer, answer.pop("wrong_output"), answer.pop("drift", 1.0))
         record = Record(configuration, context, outcome, reason, stage=stage, **answer)
         self.learn(record)
         return record
@@ -340,7 +342,7 @@ class Trials:
         self._load_peak = max(answer["peak_bytes"], self._worker.witness.peak)
         return self._worker
 
-    def _judge(self, figures: dict[str, Any], wrong: str) -> tuple[Outcome, str]:
+    def _judge(self, figures: dict[str, Any], wrong: str, drift: float = 1.0) -> tuple[Outcome, str]:
         """The outcome of a measurement that ran, by measured constraints in the order of their gravity."""
         peak, ratio = figures["peak_bytes"], figures.get("perplexity_ratio")
         if peak > self.budget.bytes:
@@ -350,10 +352,26 @@ class Trials:
         if ratio is not None and not ratio <= 1 + self.workload.max_quality_loss:
             limit = self.workload.max_quality_loss
             return "quality_loss", f"perplexity is {ratio - 1:+.1%} of the reference's; the limit is {limit:+.1%}"
-        if figures["spread"] > STABLE:
-            rate = figures["tokens_per_s"]
-            return (
-                "unstable",
-                f"{rate:.1f} tokens/s, but rounds vary by {figures['spread']:.0%}: is something else running?",
-            )
-        return "ok", ""
+        unsteady = _unsteady(figures, drift)
+        return ("unstable", f"{figures['tokens_per_s']:.1f} tokens/s, but {unsteady}") if unsteady else ("ok", "")
+
+
+def _unsteady(figures: dict[str, Any], drift: float) -> str:
+    """Why a rate says nothing of the configuration, or nothing."""
+    machine = figures.get("machine", {})
+    before, after = machine.get("before", {}), machine.get("after", {})
+    waiting, others = machine.get("waiting", 0.0), after.get("others_share") or 0.0
+    if others > BUSY:
+        return f"the GPU was busy with something else: other processes used {others:.0%} of its time"
+    if waiting > BUSY:
+        return (
+            f"the processors were busy with something else: this process waited {waiting:.0%} of its time for one "
+            f"(load {after['load_1m']:.1f})"
+        )
+    if drift < 1:
+        clocks = (before.get("sm_clock_mhz"), after.get("sm_clock_mhz"))
+        seen = f" The GPU's went from {clocks[0]} to {clocks[1]} MHz." if all(clocks) else ""
+        return f"halfway its rounds fell by {1 - drift:.0%} and stayed there: was the clock lowered?{seen}"
+    if figures["spread"] > STABLE:
+        return f"rounds vary by {figures['spread']:.0%}: is something else running?"
+    return ""

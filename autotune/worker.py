@@ -160,6 +160,11 @@ class Worker:
 
         return self.engine.score(prompt, continuation, configuration, STEP)
 
+    def begin(self) -> dict[str, Any]:
+        """Give back what the last measurement left, so that no witness counts it as the next one's."""
+        self.meter.begin()
+        return {}
+
     def measure(
         self,
         configuration: dict[str, Any],
@@ -175,7 +180,7 @@ class Worker:
         """Everything that a record holds and this side can see."""
         from .config import Configuration
         from .measure.inputs import prompts_of
-        from .measure.machine import state
+        from .measure.machine import state, waiting
         from .measure.throughput import measure_throughput, summarize
 
         began = time.perf_counter()
@@ -198,7 +203,8 @@ class Worker:
         figures: dict[str, Any] = summarize(samples)
         figures |= {key: max(value or 0, self.load_peaks[key] or 0) or None for key, value in peaks.items()}
         figures["memory"] = self._owners(peaks, generations[-1])
-        figures["machine"] = {"before": before, "after": state(self.device)}
+        after = state(self.device)
+        figures["machine"] = {"before": before, "after": after, "waiting": waiting(before, after)}
         # a finalist's text is checked for every prompt, that of what cannot win for none
         checked = len(prompts) if careful else 0 if len(samples) == len(prompts) else 1
         texts = [generation.tokens for generation in generations]
@@ -300,12 +306,12 @@ def _failure(error: Exception) -> dict[str, Any]:
     import torch
 
     from .engine.load import Unsupported
-    from .measure.inputs import TextTooShort
+    from .measure.inputs import UnusableText
     from .measure.memory import out_of_memory
 
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     trace = "".join(traceback.format_exception(error))
-    if isinstance(error, TextTooShort):
+    if isinstance(error, UnusableText):
         return {"outcome": "unsupported", "reason": reason, "poisoned": False}
     if isinstance(error.__cause__, torch.OutOfMemoryError):  # a step that could not be recorded for want of memory
         return {"outcome": "out_of_memory", "reason": reason, "poisoned": True}

@@ -4,6 +4,7 @@ With LIGHT in the environment it loads no model and answers with invented figure
 process can be tested in a moment; else everything but the fault is the real worker.
 """
 
+import ctypes
 import json
 import mmap
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,9 @@ class Light(worker.Worker):
         _act(self, "load")
         return {"peak_bytes": 1}
 
+    def begin(self) -> dict[str, Any]:
+        return {}
+
     def measure(self, **_: Any) -> dict[str, Any]:
         return FIGURES | (_act(self, "measure") or {})
 
@@ -51,8 +56,11 @@ class Faulty(worker.Worker):
     def measure(self, **request: Any) -> dict[str, Any]:
         generate = self.engine.generate
 
+        self.generations = 0
+
         def faulty(*args: Any) -> Any:
             _act(self, "generate")
+            self.generations += 1
             return generate(*args)
 
         self.engine.generate = faulty
@@ -100,11 +108,72 @@ def _act(own: worker.Worker, place: str) -> dict[str, Any] | None:
             time.sleep(0.3)
             del held
         case "spike":
-            with mmap.mmap(-1, fault["bytes"], mmap.MAP_SHARED | mmap.MAP_ANONYMOUS) as shared:
-                for page in range(0, fault["bytes"], mmap.PAGESIZE):
-                    shared[page] = 1
-                time.sleep(0.02)
+            held = _beside_the_allocator(own, fault["bytes"])
+            time.sleep(0.02)
+            held()
+        case "keep":
+            _beside_the_allocator(own, fault["bytes"])
+        case "leave behind":
+            import torch
+
+            left = {"bytes": torch.ones(fault["bytes"], dtype=torch.uint8)}
+            left["self"] = left  # type: ignore[assignment] # a cycle: held until the collector runs
+        case "keep rejected tokens":
+            from autotune.engine import runner
+
+            runner.rollback = lambda cache, rejected: None
+        case "lose the last 8 tokens":
+            _lose_tokens()
+        case "lower the clock":
+            _lower_the_clock(own, fault["after"], fault.get("share", 0.5))
     return None
+
+
+def _beside_the_allocator(own: worker.Worker, size: int) -> Callable[[], None]:
+    """Takes memory that no allocator's limit governs; returns what gives it back."""
+    if getattr(own, "device", "cpu") == "cpu":
+        shared = mmap.mmap(-1, size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        for page in range(0, size, mmap.PAGESIZE):
+            shared[page] = 1
+        _KEPT.append(shared)
+        return lambda: _KEPT.pop().close()
+    driver, pointer = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint64()
+    if error := driver.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(size)):
+        raise RuntimeError(f"cuMemAlloc answered {error}")
+    return lambda: driver.cuMemFree_v2(pointer)
+
+
+_KEPT: list[mmap.mmap] = []
+
+
+def _lose_tokens() -> None:
+    """Every cache loses the 8 tokens that it stored last."""
+    from autotune.engine import runner
+
+    settle = runner.settle
+
+    def lossy(cache: Any) -> None:
+        settle(cache)
+        for layer in cache.layers:
+            end = getattr(layer, "recent", layer.get_seq_length())
+            layer.keys[:, :, max(0, end - 8) : end] = 0
+            layer.values[:, :, max(0, end - 8) : end] = 0
+
+    runner.settle = lossy
+
+
+def _lower_the_clock(own: Any, after: int, share: float) -> None:
+    """From a generation on, the target takes that share longer: half as long again is a clock lowered by a third."""
+    forward = own.engine.target.forward
+
+    def slower(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        output = forward(*args, **kwargs)
+        if own.generations > after:
+            time.sleep((time.perf_counter() - began) * share)
+        return output
+
+    own.engine.target.forward = slower
 
 
 if __name__ == "__main__":

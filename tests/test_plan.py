@@ -532,6 +532,37 @@ def test_a_steady_excess_is_learned_and_its_error_is_that_of_unseen_records(llam
     assert unseen.total == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_draft_model_is_corrected_apart(llama, draft):
+    drafted = NF4.replace(draft="1b", depth=5)
+    pairs = []
+    for context in (128, 1024, 4096):
+        alone, both = at(llama, NF4, context), at(llama, drafted, context, draft=draft)
+        pairs += [(record(NF4, context, alone.total - 110 * MIB), alone)]
+        pairs += [(record(drafted, context, both.total - 110 * MIB + 300 * MIB), both)]
+    learned = plan.calibrate(pairs, "cuda:0")
+    for measured, _ in pairs:
+        more = {"draft": draft} if measured.configuration == drafted else {}
+        said = at(llama, measured.configuration, measured.context_tokens, calibration=learned, **more)
+        assert said.total == pytest.approx(measured.peak_bytes, rel=1e-4)
+
+
+def test_two_records_of_a_cache_take_their_slope_from_all_of_their_weights(llama):
+    def excess(said: Prediction) -> float:
+        return 0.3 * (said.owners["kv_cache"] + said.owners["activations"])
+
+    pairs = []
+    for cache, contexts in (("dynamic", (128, 2048, 8192)), ("static", (128,))):
+        for context in contexts:
+            said = at(llama, NF4.replace(cache=cache), context)
+            pairs.append((record(NF4.replace(cache=cache), context, said.total - 110 * MIB + excess(said)), said))
+    learned = plan.calibrate(pairs, "cuda:0")
+    said = at(llama, NF4.replace(cache="static"), 16_384)
+    expected = said.total - 110 * MIB + excess(said)
+    assert at(llama, NF4.replace(cache="static"), 16_384, calibration=learned).total == pytest.approx(
+        expected, rel=1e-3
+    )
+
+
 def test_planning_imports_neither_torch_nor_transformers():
     code = "import sys, autotune.plan; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -44,7 +44,7 @@ choices = ["dynamic", "static", "quantized-8"]
 # How steady this machine is now is not the question here; three rounds each, and finalists once again, will do.
 CLI = """
 from autotune import run, trial
-trial.STABLE, trial._LOOK, trial._CARE, run.FINAL_ROUNDS = 100.0, (1, 0.0), (2, 0.0), 1
+trial.STABLE, trial.BUSY, trial._LOOK, trial._CARE, run.FINAL_ROUNDS = 100.0, 1.0, (1, 0.0), (2, 0.0), 1
 from autotune.cli import main
 main()
 """

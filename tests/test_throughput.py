@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from autotune.config import Budget, Configuration, Workload
 from autotune.engine.decode import Generation
-from autotune.measure.throughput import MAX_ROUNDS, measure_throughput, rate_interval, summarize
+from autotune.measure.throughput import DRIFT, MAX_ROUNDS, drift, measure_throughput, rate_interval, summarize
 from autotune.trial import Trials
 
 PLAIN = Configuration()
@@ -149,6 +149,76 @@ def test_acceptance_is_accepted_over_proposed_and_a_verification_adds_one_token(
 
 def test_what_nothing_was_proposed_for_has_no_acceptance() -> None:
     assert "acceptance" not in summarize([sample(0, 1.0, [1.0], 4)])
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([90, 90, 60, 60], 60 / 90),  # a third less, halfway
+        ([90, 91, 89, 60, 61, 59, 60], 60 / 90),
+        ([90, 90, 90, 60, 60], 60 / 90),
+        ([90, 90, 74, 73], 1),  # by less than a fifth
+        ([90, 60, 90, 60], 1),  # up and down is noise
+        ([90, 90, 60, 60, 90], 1),  # a stall that passes
+        ([90, 90, 90, 60], 1),  # one slow round at the end may be a stall
+        ([60, 60, 90, 90], 1),  # faster: the first rounds warmed it up
+        ([90, 60], 1),
+        ([90], 1),
+    ],
+)
+def test_a_rate_that_falls_halfway_and_stays_there_is_a_drift(rates: list[int], expected: float) -> None:
+    samples = [sample(number, 1.0, [], rate) for number, rate in enumerate(rates)]
+    assert drift(samples) == pytest.approx(expected, rel=0.02)
+    assert summarize(samples)["drift"] == drift(samples)
+
+
+def test_noise_of_a_few_percent_is_no_drift() -> None:
+    dice = random.Random(0)
+    for rounds in range(1, MAX_ROUNDS + 1):
+        for _ in range(200):
+            samples = [sample(number, 1.0, [], int(dice.gauss(1000, 50))) for number in range(rounds)]
+            assert drift(samples) == 1 > DRIFT
+
+
+@pytest.mark.parametrize(
+    ("machine", "drift", "outcome", "reason"),
+    [
+        ({"waiting": 0.25}, 1.0, "ok", ""),
+        (
+            {"waiting": 0.4, "after": {"load_1m": 3.21}},
+            0.5,
+            "unstable",
+            "100.0 tokens/s, but the processors were busy with something else: "
+            "this process waited 40% of its time for one (load 3.2)",
+        ),
+        ({"after": {"others_share": None}}, 1.0, "ok", ""),
+        ({"after": {"others_share": 0.25}}, 1.0, "ok", ""),
+        (
+            {"after": {"others_share": 0.6}},
+            1.0,
+            "unstable",
+            "100.0 tokens/s, but the GPU was busy with something else: other processes used 60% of its time",
+        ),
+        (
+            {"waiting": 0.0},
+            0.67,
+            "unstable",
+            "100.0 tokens/s, but halfway its rounds fell by 33% and stayed there: was the clock lowered?",
+        ),
+        (
+            {"before": {"sm_clock_mhz": 1980}, "after": {"sm_clock_mhz": 1320}},
+            0.67,
+            "unstable",
+            "100.0 tokens/s, but halfway its rounds fell by 33% and stayed there: was the clock lowered? "
+            "The GPU's went from 1980 to 1320 MHz.",
+        ),
+    ],
+)
+def test_what_else_the_machine_did_is_the_reason(
+    tmp_path: Path, machine: dict[str, Any], drift: float, outcome: str, reason: str
+) -> None:
+    figures = {"peak_bytes": 1000, "tokens_per_s": 100.0, "spread": 0.01, "perplexity_ratio": 1.0, "machine": machine}
+    assert Trials("model", Workload(), Budget(1000), tmp_path)._judge(figures, "", drift) == (outcome, reason)
 
 
 @pytest.mark.parametrize(("spread", "outcome"), [(0.0, "ok"), (0.5, "ok"), (0.51, "unstable")])

@@ -1,5 +1,7 @@
 """The real worker under a real cap, on the bundled draft; faults are planted inside the measured generation."""
 
+import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -49,6 +51,7 @@ def trials(folder: Path, plain: WorkerProcess) -> Iterator[Trials]:
     with pytest.MonkeyPatch.context() as patch, Trials(str(DRAFT), workload, budget, folder) as trials:
         patch.setattr(trial, "WORKER", (sys.executable, str(FAULTY)))
         patch.setattr(trial, "STABLE", 100.0)  # how steady this machine is now is not the question
+        patch.setattr(trial, "BUSY", 1.0)
         patch.setattr(trial, "_LOOK", (3, 0.0))  # three rounds will do
         patch.setenv("PYTHONPATH", str(Path(trial.__file__).parents[1]))
         patch.setenv("FAULT", str(folder / "fault.json"))
@@ -128,6 +131,70 @@ def test_a_spike_reaches_the_record_even_when_the_witness_outside_slept(
     monkeypatch.setattr(trials._worker.witness, "_read", lambda: 0)
     plant("spike", bytes=2 * ROOM)
     assert trials.measure(STOCK, 64).outcome == "over_budget"
+
+
+def test_what_a_larger_measurement_left_is_not_counted_as_the_next_ones(trials: Trials, plant: Plant) -> None:
+    before = trials.measure(STOCK, 64).peak_bytes
+    plant("leave behind", bytes=ROOM // 2)
+    trials.measure(STOCK, 64)
+    after = trials.measure(STOCK, 64).peak_bytes
+    assert before is not None
+    assert after is not None
+    assert after < before + ROOM // 4
+
+
+def test_memory_beside_the_allocator_that_stays_is_over_budget(trials: Trials, plant: Plant) -> None:
+    trials.close()
+    plant("keep", bytes=2 * ROOM)
+    record = trials.measure(STOCK, 64)
+    trials.close()
+    assert record.outcome == "over_budget"
+    assert "over the budget" in record.reason
+
+
+def test_a_cache_that_keeps_rejected_tokens_is_wrong_output(trials: Trials, plant: Plant) -> None:
+    speculative = Configuration(weights="fp32", lm_head="fp32", draft="prompt-lookup", depth=4)
+    with longer(trials, 48):
+        sound = trials.measure(speculative, 64, stage="final")
+        trials.close()
+        plant("keep rejected tokens")
+        record = trials.measure(speculative, 64, stage="final")
+        trials.close()
+    assert sound.outcome == "ok", sound.reason
+    assert record.outcome == "wrong_output"
+    assert "differs from plain decoding at new token" in record.reason
+
+
+def test_a_cache_that_loses_its_last_tokens_is_a_quality_loss(trials: Trials, plant: Plant) -> None:
+    sound = STOCK.replace(cache="static")
+    assert trials.measure(sound, 64).outcome == "ok"
+    trials.close()
+    plant("lose the last 8 tokens")
+    record = trials.measure(sound.replace(attention="eager"), 64)  # another attention: its quality is not known yet
+    trials.close()
+    assert record.outcome == "quality_loss"
+
+
+def test_a_clock_that_drops_halfway_is_unstable_and_named(
+    trials: Trials, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "_LOOK", (6, 0.0))
+    trials.close()
+    with longer(trials, 24):
+        plant("lower the clock", after=7, share=20)
+        record = trials.measure(STOCK, 64)
+        trials.close()
+    assert record.outcome == "unstable"
+    assert "was the clock lowered?" in record.reason
+
+
+@contextlib.contextmanager
+def longer(trials: Trials, new_tokens: int) -> Iterator[None]:
+    """More new tokens than other tests need."""
+    workload = trials.workload
+    trials.workload = dataclasses.replace(workload, new_tokens=new_tokens)
+    yield
+    trials.workload = workload
 
 
 @pytest.mark.parametrize(

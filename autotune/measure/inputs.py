@@ -13,8 +13,12 @@ PROMPTS = 2  # prompts per context
 SCORED = 128  # tokens scored after each window's context
 
 
-class TextTooShort(ValueError):
-    """The evaluation text or the prompts do not fill the longest context."""
+PASSAGE = 8  # tokens of the passages that filler repeats
+DISTINCT = 1 / 3  # least share of distinct passages; below it each is there three times or more
+
+
+class UnusableText(ValueError):
+    """The evaluation text or the prompts do not fill the longest context, or fill it with repetitions."""
 
 
 def prepare(model: str, text: str, prompts: str | None, contexts: list[int], windows: int, path: str) -> dict[str, Any]:
@@ -48,11 +52,24 @@ def prepare(model: str, text: str, prompts: str | None, contexts: list[int], win
 
 def _cut(tokens: np.ndarray, length: int, count: int, flag: str) -> np.ndarray:
     if len(tokens) < length:
-        raise TextTooShort(
+        raise UnusableText(
             f"{flag} holds {len(tokens)} tokens and {length} are needed: give a longer file, or shorter --contexts"
         )
     starts = np.linspace(0, len(tokens) - length, count + 2)[1:-1].astype(int)
-    return np.stack([tokens[start : start + length] for start in starts])
+    rows = np.stack([tokens[start : start + length] for start in starts])
+    share = min(distinct_share(row) for row in rows)
+    if share < DISTINCT:
+        raise UnusableText(
+            f"{flag} is filler: of its passages of {PASSAGE} tokens at {length} tokens only {share:.0%} are distinct, "
+            "so that prompt lookup and every draft would look like a win; give real text of that length"
+        )
+    return rows
+
+
+def distinct_share(tokens: np.ndarray) -> float:
+    """Distinct passages of PASSAGE tokens over all of them: near 1 for prose and code, near 0 for filler."""
+    passages = np.lib.stride_tricks.sliding_window_view(tokens, min(PASSAGE, len(tokens)))
+    return len(np.unique(passages, axis=0)) / len(passages)
 
 
 def prompts_of(path: str, context: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -65,8 +66,9 @@ def bandwidth(device: str) -> float:
 
 
 def state(device: str) -> dict[str, Any]:
-    """Clocks, temperature, throttling and load now."""
-    now: dict[str, Any] = {"load_1m": os.getloadavg()[0]}
+    """Clocks, temperature, throttling and load now, and how long this process has run and waited for a processor."""
+    ran, waited = processor_s()
+    now: dict[str, Any] = {"load_1m": os.getloadavg()[0], "ran_s": ran, "waited_s": waited}
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     if governor.exists():
         now["governor"] = governor.read_text().strip()
@@ -79,8 +81,47 @@ def state(device: str) -> dict[str, Any]:
             "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
             "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
             "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
+            "others_share": _others_share(handle),
         }
     return now
+
+
+def waiting(before: dict[str, Any], after: dict[str, Any]) -> float:
+    """Of the time that this process could have run between two states, the share in which others kept it waiting."""
+    ran, waited = (max(0.0, after[name] - before[name]) for name in ("ran_s", "waited_s"))
+    return waited / (ran + waited) if ran + waited else 0.0
+
+
+def processor_s() -> tuple[float, float]:
+    """Seconds that this process's threads have run, and that they were ready but no processor was free.
+
+    From Linux's schedstat (Documentation/scheduler/sched-stats); zeros on a system that does not count them.
+    """
+    ran = waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            on, ready, _ = path.read_text().split()
+            ran, waited = ran + int(on), waited + int(ready)
+    return ran / 1e9, waited / 1e9
+
+
+def _others_share(handle: Any) -> float | None:
+    """Share of the last second in which other processes kept the GPU busy; None where NVML does not tell them apart."""
+    import pynvml
+
+    try:
+        if os.getpid() not in {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}:
+            return None  # a container: our own process has another number there
+        samples = pynvml.nvmlDeviceGetProcessUtilization(handle, int((time.time() - 1) * 1e6))
+    except pynvml.NVMLError_NotFound:  # no sample: nobody used it
+        return 0.0
+    except pynvml.NVMLError:
+        return None
+    busiest: dict[int, int] = {}
+    for sample in samples:
+        if sample.pid != os.getpid():
+            busiest[sample.pid] = max(busiest.get(sample.pid, 0), int(sample.smUtil))
+    return min(1.0, sum(busiest.values()) / 100)
 
 
 def probe(words: dict[str, list[str]], device: str, phase: Callable[[str], None]) -> dict[str, dict[str, str]]:

@@ -11,13 +11,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import Configuration, overall, per_round
-from ..engine.decode import Engine, Generation
+
+if TYPE_CHECKING:  # what is timed needs only a `generate` that returns what a Generation holds
+    from ..engine.decode import Engine, Generation
 
 MAX_ROUNDS = 8
 GOAL = 0.03  # relative half-width of the 95 % interval at which rounds end
+DRIFT = 0.8  # rounds that fall below this share of the earlier ones and stay there are another rate, not noise
 HOPELESS = 0.75  # share of the best known rate below which one round is enough
 # Student's t, two-sided 95 %, for 2 to 7 degrees of freedom
 _T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
@@ -65,12 +68,27 @@ def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
         figures[f"{name}_interval"] = (low, high) if math.isfinite(high) else None
     rates = per_round(samples, "tokens_per_s")
     figures["spread"] = statistics.stdev(rates) / statistics.median(rates) if len(rates) > 1 else 0.0
+    figures["drift"] = drift(samples)
     proposed = sum(sample["proposed"] for sample in samples)
     verifications = sum(sample["verifications"] for sample in samples)
     if proposed:
         figures["acceptance"] = sum(sample["accepted"] for sample in samples) / proposed
         figures["tokens_per_verification"] = 1 + sum(sample["accepted"] for sample in samples) / verifications
     return figures
+
+
+def drift(samples: list[dict[str, Any]]) -> float:
+    """The later rounds' rate over the earlier ones', where every later round is slower than every earlier one; else 1.
+
+    At least two rounds on either side, and less than DRIFT: a clock that falls halfway, not a stall or noise.
+    """
+    rates = per_round(samples, "tokens_per_s")
+    ratios = [1.0]
+    for at in range(2, len(rates) - 1):
+        earlier, later = rates[:at], rates[at:]
+        if max(later) < min(earlier):
+            ratios.append(statistics.median(later) / statistics.median(earlier))
+    return min(ratio if ratio < DRIFT else 1.0 for ratio in ratios)
 
 
 def rate_interval(samples: list[dict[str, Any]], name: str) -> tuple[float, float, float]:

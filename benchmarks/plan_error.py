@@ -1,0 +1,180 @@
+"""How far `autotune plan` is from the truth: predicted footprints beside measured ones.
+
+Every combination of weights, cache, context and draft is predicted from config.json and measured in a capped worker as
+a run measures it: a few new tokens, one round. The calibrated column is never a fit to the record that it is judged by:
+records are split in two halves, alternately within each load group, each half is predicted with what `plan.calibrate`
+learned from the other, and so every record is held out once. A run learns from all records that it has, as it goes.
+
+Errors are (predicted - measured) / measured: negative is an under-prediction, which lets through what does not fit. The
+bars: 95 % of the absolute errors within 5 % on a CPU, 3 % on a GPU, and none below -1 %, after calibration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autotune import plan
+from autotune.config import Budget, Configuration, Record, Workload, mib, parse_tokens
+from autotune.demo import DRAFT, TARGET, held_out_text
+from autotune.trial import Inputs, Trials, WorkerFailed
+
+NEW_TOKENS = 8
+DEPTH = 4
+WEIGHTS = "bf16,bnb-nf4,quanto-int8,quanto-int4,bnb-int8"
+CACHES = "dynamic,static,quantized-8,quantized-4,quantized-fp8"
+BARS = {"cpu": 0.05, "cuda": 0.03}
+BELOW = 0.01
+HOPELESS = 1e12  # tokens/s that nothing reaches: one round is enough
+
+Pair = tuple[Record, plan.Prediction]
+
+
+def configurations(weights: list[str], caches: list[str], draft: Path | None, chunk: int) -> list[Configuration]:
+    """By load group, so that each is loaded once."""
+    drafts: list[dict[str, Any]] = [{}, {"draft": str(draft), "depth": DEPTH}] if draft else [{}]
+    return [
+        Configuration(weights=word, lm_head=_head(word), cache=cache, prefill_chunk=chunk, **drafted)
+        for word, drafted, cache in itertools.product(weights, drafts, caches)
+    ]
+
+
+def _head(weights: str) -> str:
+    return "fp32" if weights == "fp32" else "bf16"
+
+
+def predict(
+    shapes: dict[str, plan.ModelShape], target: str, record: Record, device: str, learned: plan.Calibration
+) -> plan.Prediction:
+    c = record.configuration
+    return plan.predict(shapes[target], shapes.get(c.draft), c, record.context_tokens, NEW_TOKENS, device, learned)
+
+
+def held_out(pairs: list[Pair], shapes: dict[str, plan.ModelShape], target: str, device: str) -> list[int]:
+    """Each record's footprint as predicted with what the other half taught."""
+    said = [0] * len(pairs)
+    for half in (0, 1):
+        learned = plan.calibrate([pair for i, pair in enumerate(pairs) if i % 2 != half], device)
+        for i, (record, _) in enumerate(pairs):
+            if i % 2 == half:
+                said[i] = predict(shapes, target, record, device, learned).total
+    return said
+
+
+def summarize(errors: list[float]) -> dict[str, float]:
+    sizes = sorted(map(abs, errors))
+    figures = {"p95": sizes[math.ceil(0.95 * len(sizes)) - 1], "median": sizes[len(sizes) // 2], "lowest": min(errors)}
+    return {name: round(value, 5) for name, value in figures.items()}
+
+
+def measure(
+    model: Path, asked: list[Configuration], contexts: list[int], device: str, folder: Path, deadline: float
+) -> Iterator[Record]:
+    """Every configuration at every context, until the time is up."""
+    tokens, text = folder / "inputs.npz", folder / "text.txt"
+    text.write_text(held_out_text(), encoding="utf-8")
+    workload = Workload(tuple(contexts), NEW_TOKENS)
+    with Trials(str(model), workload, Budget(10**13, device), folder) as trials:
+        worker = trials.uncapped()
+        inputs = {"model": str(model), "text": str(text), "prompts": None, "contexts": contexts, "windows": 1}
+        try:
+            precision = worker.request("environment", 120)["full_precision"]
+            worker.request("inputs", 300, **inputs, path=str(tokens))
+        except WorkerFailed as failure:
+            raise click.UsageError(failure.reason) from None
+        finally:
+            worker.kill()
+        trials.inputs = Inputs(str(tokens), {})
+        for configuration, context in itertools.product(asked, contexts):
+            c = configuration
+            if c.weights == "bf16":
+                c = c.replace(weights=precision, lm_head=precision)
+                c = c.replace(draft_weights=precision) if c.has_draft_model else c
+            if time.monotonic() > deadline:
+                return
+            yield trials.measure(c, context, bar=HOPELESS, timeout_s=max(30.0, deadline - time.monotonic()))
+
+
+def _words(c: Configuration) -> str:
+    return f"{c.weights:<12}{c.cache:<15}{'draft' if c.has_draft_model else '':<6}"
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path, exists=True), help="a model folder; else the bundled pair")
+@click.option("--draft", type=click.Path(path_type=Path, exists=True), help="its draft; else there is none")
+@click.option("--weights", default=WEIGHTS, show_default=True)
+@click.option("--caches", default=CACHES, show_default=True)
+@click.option("--contexts", default="512,1k,2k,4k", show_default=True)
+@click.option("--chunk", default=0, show_default=True, help="prefill chunk; 0 is the whole prompt")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0")
+@click.option("--timeout", default=480, show_default=True, help="seconds; what was not measured by then is left out")
+def main(
+    model: Path | None,
+    draft: Path | None,
+    weights: str,
+    caches: str,
+    contexts: str,
+    chunk: int,
+    device: str,
+    timeout: int,
+) -> None:
+    """Predicted beside measured footprints; the last line is one JSON object.
+
+    Example: python benchmarks/plan_error.py --contexts 512,2k
+    """
+    deadline = time.monotonic() + timeout
+    device = "cuda:0" if device == "cuda" else device
+    kind = device.partition(":")[0]
+    model, draft = (model, draft) if model else (TARGET, DRAFT)
+    shapes = {str(folder): plan.read_shape(folder) for folder in (model, draft) if folder}
+    asked = configurations(weights.split(","), caches.split(","), draft, chunk)
+    lengths = [parse_tokens(word) for word in contexts.split(",")]
+    pairs: list[Pair] = []
+    left_out: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for record in measure(model, asked, lengths, device, Path(folder), deadline):
+            words = f"{_words(record.configuration)}{record.context_tokens:>7}"
+            if record.peak_bytes is None:
+                left_out.append(f"{words}  {record.outcome}: {record.reason}")
+            else:
+                pairs.append((record, predict(shapes, str(model), record, device, plan.DEFAULT[kind])))
+            click.echo(f"{words}  {mib(record.peak_bytes or 0)}", err=True)
+    if len(pairs) < 2:
+        raise click.ClickException("\n".join(["nothing was measured", *left_out]))
+    after = held_out(pairs, shapes, str(model), device)
+    click.echo(f"{'weights':<12}{'cache':<15}{'':<6}{'context':>7}{'measured':>14}{'before':>9}{'after':>9}")
+    rows = []
+    for (record, before), said in zip(pairs, after, strict=True):
+        truth = record.peak_bytes or 1
+        errors = {"before": before.total / truth - 1, "after": said / truth - 1}
+        rows.append({**dataclasses.asdict(record.configuration), "context": record.context_tokens, "measured": truth})
+        rows[-1] |= {"memory": record.memory, "owners": before.owners} | errors
+        click.echo(
+            f"{_words(record.configuration)}{record.context_tokens:>7}{mib(truth):>14}"
+            f"{errors['before']:>+9.1%}{errors['after']:>+9.1%}"
+        )
+    for line in left_out:
+        click.echo(f"{line} (left out)")
+    missing = len(asked) * len(lengths) - len(pairs) - len(left_out)
+    if missing:
+        click.echo(f"{missing} were not reached within --timeout {timeout}")
+    both = {name: summarize([row[name] for row in rows]) for name in ("before", "after")}
+    for name, figures in both.items():
+        click.echo(f"{name} calibration: p95 {figures['p95']:.1%}, lowest {figures['lowest']:+.1%}")
+    holds = both["after"]["p95"] <= BARS[kind] and both["after"]["lowest"] >= -BELOW
+    click.echo(f"bars (after): p95 within {BARS[kind]:.0%}, none below -{BELOW:.0%}: {'held' if holds else 'MISSED'}")
+    line = {"benchmark": "plan_error", "device": device, "measured": len(rows), "holds": holds, **both, "rows": rows}
+    click.echo(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
