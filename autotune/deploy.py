@@ -11,6 +11,7 @@ each other until memory runs out for the first time; from then on one.
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -325,3 +327,13 @@ def deploy(policy: str | Path | Policy, device: str | None = None) -> LLM:
     if not Path(loaded.model.path).is_dir():
         raise PolicyError(f"the policy's model folder {loaded.model.path} does not exist: edit model.path")
     return LLM(loaded, device)
+
+
+class _Callable(ModuleType):
+    """`from autotune import deploy` gives this module once it is imported: calling it is calling `deploy`."""
+
+    def __call__(self, policy: str | Path | Policy, device: str | None = None) -> LLM:
+        return deploy(policy, device)
+
+
+sys.modules[__name__].__class__ = _Callable

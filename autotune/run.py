@@ -506,11 +506,12 @@ def _finals(
     baselines: dict[int, Configuration],
     watch: Watch,
 ) -> None:
-    """Chosen, baseline, chosen, baseline: each turn in a fresh worker."""
-    if all(baselines.get(context) == configuration for context, configuration in chosen.items()):
-        return
+    """Chosen, baseline, chosen, baseline: each turn in a fresh worker. One of them, where both are the same."""
+    sides = {"chosen": chosen, "baseline": baselines}
+    if chosen == baselines:
+        del sides["chosen"]
     for turn in range(FINAL_ROUNDS):
-        for name, side in (("chosen", chosen), ("baseline", baselines)):
+        for name, side in sides.items():
             trials.close()
             for context in sorted(side, key=lambda c: (str(side[c].load_group), c)):
                 watch.phase(f"measuring the {name} again, {turn + 1} of {FINAL_ROUNDS}")

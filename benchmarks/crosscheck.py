@@ -219,7 +219,7 @@ def speed_and_memory(s: Setting, python: Path, folder: Path) -> Iterator[Row]:
 @contextmanager
 def engine_trials(s: Setting, folder: Path) -> Iterator[Trials]:
     """Our own worker on the same model, with prompts of the same length."""
-    workload = Workload((s.context,), s.new_tokens)
+    workload = Workload((s.context,), new_tokens=s.new_tokens)
     text = folder / "text.txt"
     inputs = {"model": str(s.model), "text": str(text), "prompts": None, "contexts": [s.context], "windows": 1}
     with Trials(str(s.model), workload, Budget(10**13, s.device), folder) as trials:

@@ -82,7 +82,7 @@ def measure(
     """Every configuration at every context, until the time is up."""
     tokens, text = folder / "inputs.npz", folder / "text.txt"
     text.write_text(held_out_text(), encoding="utf-8")
-    workload = Workload(tuple(contexts), NEW_TOKENS)
+    workload = Workload(tuple(contexts), new_tokens=NEW_TOKENS)
     with Trials(str(model), workload, Budget(10**13, device), folder) as trials:
         worker = trials.uncapped()
         inputs = {"model": str(model), "text": str(text), "prompts": None, "contexts": contexts, "windows": 1}

@@ -89,7 +89,9 @@ class Bench:
         return {"model": str(TARGET), "text": text, "contexts": [CONTEXT], "windows": 2, "path": self.inputs.tokens}
 
     def trials(self) -> Trials:
-        trials = Trials(str(TARGET), Workload((CONTEXT,), NEW_TOKENS), Budget(self.room, self.device), self.folder)
+        trials = Trials(
+            str(TARGET), Workload((CONTEXT,), new_tokens=NEW_TOKENS), Budget(self.room, self.device), self.folder
+        )
         trials.inputs = self.inputs
         return trials
 

@@ -111,6 +111,10 @@ def soak(
         time.sleep(min(5.0, 60 * minutes / 12))
         footprints.append((time.perf_counter() - began, witness.peak))
         witness.begin()
+        with lock:  # what came so far, for a soak that is cut off
+            counts = f"{tally.rules.total()} answered, {len(tally.lost)} lost, {tally.mixed_up} mixed up"
+            differing = f"{len(tally.differing)} differing"
+        click.echo(f"[{footprints[-1][0]:5.0f} s] {counts}, {differing}, peak {mib(footprints[-1][1])}", err=True)
     tally.lost += ["it never came back"] * sum(thread.is_alive() for thread in threads)
     return tally, footprints
 

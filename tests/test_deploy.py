@@ -107,7 +107,7 @@ def test_a_rule_with_a_load_of_its_own_is_loaded_after_the_one_before_is_gone(mo
         assert llm.last.generation.proposed > 0 or llm.last.rule.max_context_tokens == 64
     assert loads == [str(DRAFT), "none", str(DRAFT)]
     monkeypatch.setattr(Engine, "load", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
-    with pytest.raises(MemoryError):
+    with pytest.raises(OutOfMemory):
         llm.generate(held_out_text()[:120])
     monkeypatch.setattr(Engine, "load", watched)
     assert llm.generate(held_out_text()[:350])
@@ -523,3 +523,11 @@ def test_plan_predicts_without_torch_and_says_what_fits() -> None:
         assert (fits >= 4096) == (row["contexts"]["4096"]["total_bytes"] <= 560 * 10**6)
     layers = CliRunner().invoke(cli.main, ["plan", "--budget", "1GB", "--device", "cpu", "--by-layer", "--json"])
     assert len(json.loads(layers.stdout)) >= 8
+
+
+def test_deploy_can_be_called_however_it_was_imported(tmp_path: Path) -> None:
+    import autotune
+    import autotune.deploy
+
+    with pytest.raises(PolicyError, match="cannot be read"):
+        autotune.deploy(tmp_path / "policy.json")

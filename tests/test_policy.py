@@ -675,7 +675,7 @@ def test_a_boundary_between_contexts_is_a_rule_of_its_own_with_its_own_evidence(
     assert [rule.max_context_tokens for rule in policy.rules] == [512, 1280, 2048]
     assert [chosen_at(policy, length).depth for length in (512, 513, 1280, 1281)] == [4, 4, 4, 0]
     reach = policy.rules[1]
-    assert reach.evidence["stage"] == "boundary"
+    assert reach.evidence.stage == "boundary"
     assert reach.expected.tokens_per_s == 211
     assert reach.expected.peak_bytes == 700 * MIB
     assert (reach.speedup, reach.unrestricted) == (None, None)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jsonschema
 import optuna
@@ -345,7 +346,10 @@ class Looked:
         request = run.Request(
             folder, [], Budget(10**9), workload, space, "mine", folder, timeout_s=seconds, started=formula.now
         )
-        info = {"identity": {"model": {"path": "m", "weights_sha256": "a", "tokenizer_sha256": "b"}}, "space": "mine"}
+        info = {
+            "identity": {"model": {"path": "m", "weights_sha256": "a", "tokenizer_sha256": "b"}, "drafts": []},
+            "space": "mine",
+        }
         info |= {"reference": {"weights": "bf16", "took_s": 5.0}, "study": request.study, "storage": None}
         info |= {"workload": dataclasses.asdict(workload), "budget": dataclasses.asdict(request.budget)}
         studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
@@ -510,3 +514,17 @@ def test_inputs_are_cut_for_every_length_that_a_boundary_may_have(contexts: set[
     assert set(contexts) <= set(lengths)
     assert (min(lengths), max(lengths)) == (min(contexts), max(contexts))
     assert len(lengths) <= 8 * len(contexts) - 7
+
+
+@pytest.mark.parametrize(("chosen", "turns"), [("static", ["static", "dynamic"] * 2), ("dynamic", ["dynamic"] * 2)])
+def test_the_chosen_and_the_baseline_are_measured_in_turns_and_a_baseline_that_was_chosen_once_a_turn(
+    chosen: str, turns: list[str]
+) -> None:
+    search, trials, watch = Mock(), Mock(), Mock()
+    baselines = {512: Configuration(cache="dynamic")}
+    run._finals(search, trials, {512: Configuration(cache=chosen)}, baselines, watch)
+    measured = [call.args for call in search.measure.call_args_list]
+    assert [(configuration.cache, context, stage) for configuration, context, stage in measured] == [
+        (cache, 512, "final") for cache in turns
+    ]
+    assert search.studies.keep.call_count == trials.close.call_count == len(turns)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 from test_serve import policy
 
@@ -42,7 +43,7 @@ def test_a_request_that_fails_is_counted_as_lost() -> None:
             )
             return stream
 
-    tally, footprints = soak.soak(Broken(), [[1, 2, 3]], 0.005, 1, 0, None)  # type: ignore[arg-type]
+    tally, footprints = soak.soak(Broken(), [[1, 2, 3]], 0.005, 1, 0, Mock(peak=1))  # type: ignore[arg-type]
     assert tally.lost[0] == "3 tokens: RuntimeError: out of memory"
     assert abs(len(tally.lost) - tally.rules.total()) <= 1
     assert len(tally.lost) + tally.rules.total() == len(calls) - 1

@@ -82,7 +82,7 @@ class Engine:
             check_draft(target, draft)
         return cls(target, draft, group, device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         prompt: list[int],
@@ -200,7 +200,7 @@ class Engine:
         assert model is not None
         return self._recordings.runner(role, model, configuration, capacity, sizes, self.device, self.group, again)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(
         self, prompt: list[int], continuation: list[int], configuration: Configuration, step: int
     ) -> torch.Tensor:
