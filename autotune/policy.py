@@ -29,6 +29,7 @@ from .config import (
     Objective,
     Record,
     Workload,
+    per_round,
 )
 
 SCHEMA_VERSION = 1
@@ -589,18 +590,22 @@ def settings_of(configuration: Configuration) -> Settings:
 
 
 def expected_of(evidence: list[Record]) -> Expected:
-    """Medians over the records; the highest footprint that any of them saw; intervals that hold all of theirs."""
+    """Medians; the rate's over the rounds of all records together, with its interval; the highest footprint of any."""
     with_quality = next((r for r in evidence if r.perplexity_ratio is not None), evidence[0])
 
     def middle(name: str) -> float:
         return float(statistics.median(getattr(record, name) for record in evidence))
 
-    intervals = [record.tokens_per_s_interval for record in evidence if record.tokens_per_s_interval is not None]
+    rate, interval = middle("tokens_per_s"), None
+    rounds = [rate for record in evidence for rate in per_round(record.samples, "tokens_per_s")]
+    if len(rounds) > 1:
+        rate = statistics.median(rounds)
+        error = statistics.stdev(rounds) / math.sqrt(len(rounds)) * math.sqrt(math.pi / 2)  # the median's efficiency
+        half = _t95(len(rounds) - 1) * error
+        interval = max(0.0, rate - half), rate + half
     return Expected(
-        tokens_per_s=middle("tokens_per_s"),
-        tokens_per_s_interval=(min(low for low, _ in intervals), max(high for _, high in intervals))
-        if intervals
-        else None,
+        tokens_per_s=rate,
+        tokens_per_s_interval=interval,
         decode_tokens_per_s=middle("decode_tokens_per_s"),
         ttft_s=middle("ttft_s"),
         peak_bytes=max(record.peak_bytes or 0 for record in evidence),

@@ -26,6 +26,8 @@ from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
 _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
+_TRIAL_S = 600.0  # the longest that one measurement may take
+_FEW = 2000  # pairs that are looked through one by one
 _LEARNT = 4  # measured peaks from which the plan is calibrated
 _UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
 _PARTS = 8  # into which what lies between two contexts is cut: three halvings find the part where a choice changes
@@ -88,6 +90,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             search.baseline(candidates)
             watch.note(_dropped(space))
             search.run()
+            watch.note(_coverage(search))
             chosen, baselines = _finalists(search, candidates, request.reloads)
             _finals(search, trials, chosen, baselines, watch)
             chosen |= _boundaries(request, search, trials, info, chosen, baselines, watch)
@@ -369,7 +372,7 @@ def _search(
         left = max(30.0, end - time.monotonic())
         best = [r.tokens_per_s or 0 for (_, at), r in search.known.items() if at == context and r.outcome == "ok"]
         bar = max(best, default=None) if stage == "search" and request.workload.objective == "end-to-end" else None
-        return trials.measure(configuration, context, timeout_s=min(600.0, left), stage=stage, bar=bar)
+        return trials.measure(configuration, context, timeout_s=min(_TRIAL_S, left), stage=stage, bar=bar)
 
     foresight = Foresight(request, shapes, info["environment"]["base_bytes"])
     search = Search(
@@ -394,7 +397,8 @@ def _search(
     for record in read_records(_url(request), request.study):
         trials.learn(record)
         foresight.learn(record)
-        if record.stage != "final":
+        cut_short = record.outcome == "timeout" and f"{_TRIAL_S:.0f} s" not in record.reason  # by the run's own end
+        if record.stage != "final" and not cut_short:
             search.known[record.configuration, record.context_tokens] = record
             watch.record(record)
     return search
@@ -468,6 +472,17 @@ def _stock(full_precision: str, space: Space) -> list[Configuration]:
     lm_head = full_precision if words[0] == full_precision else Configuration.lm_head
     stock = [Configuration(weights=word, lm_head=lm_head, attention=attention) for word in words]
     return [*stock, stock[-1].replace(lm_head="nf4")] if len(stock) > 1 else stock
+
+
+def _coverage(search: Search) -> str:
+    """How much of the space was measured; of a small one also what the plan or an earlier record ruled out."""
+    pairs = [(c, context) for c in search.space.configurations() for context in search.workload.contexts]
+    left = [pair for pair in pairs if pair not in search.known]
+    text = f"measured {len(pairs) - len(left)} of {len(pairs)} (configuration, context) pairs of the space"
+    if left and len(pairs) <= _FEW:
+        hopeless = sum(bool(search.hopeless(*pair)) for pair in left)
+        text += f"; {hopeless} more cannot fit or cannot differ"
+    return text
 
 
 def _dropped(space: Space) -> str:

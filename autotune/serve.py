@@ -1,7 +1,7 @@
 """An HTTP server in the form of OpenAI's API for one policy, which decodes one request at a time, in order of arrival.
 
 A request is read and checked at once. Then it waits for the decoder, a single thread, and streams or gathers what that
-writes. A client that goes away gives up its place, or ends the decoding with the next piece of text.
+writes. A client that goes away gives up its place, or ends the decoding within a step or a prefill chunk.
 """
 
 from __future__ import annotations
@@ -69,25 +69,27 @@ class _Desk:
         self.peak_bytes = 0
 
     async def decode(self, job: _Job) -> AsyncGenerator[str]:
-        """The reply's pieces, when its turn has come. To close this gives up the place, or stops at the next."""
+        """The reply's pieces, when its turn has come. To close this gives up the place, or ends the decoding."""
         if self.unfinished > self.max_queue:
             waiting = f"{self.unfinished - 1} requests are waiting, as many as may (--max-queue); try again later"
             raise APIError(429, waiting, code="queue_full", kind="rate_limit_error")
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         gone = threading.Event()
+        begun: list[Stream] = []
 
         def work() -> None:
             try:
                 stream = job.start()
             except PolicyError as error:
                 raise APIError(400, str(error)) from None
+            begun.append(stream)
+            if gone.is_set():  # who set it may not have seen the stream
+                stream.close()
             with closing(stream):
                 try:
                     for piece in stream:
                         loop.call_soon_threadsafe(pieces.put_nowait, piece)
-                        if gone.is_set():
-                            break
                 except PolicyError as error:  # it did not fit the budget
                     raise APIError(503, str(error), code="out_of_memory", kind="server_error") from None
             job.served = stream.request
@@ -114,6 +116,8 @@ class _Desk:
         finally:
             gone.set()
             future.cancel()
+            for stream in begun:  # it waits for the step, or the prefill chunk, that is running
+                loop.run_in_executor(None, stream.close)
 
     def _count(self, served: Served, name: str) -> None:
         generation = served.generation

@@ -157,7 +157,7 @@ class Search:
     def _sow(self, chosen: Configuration) -> None:
         """Measure what experience says may win, at every context where it may still."""
         for context in self.workload.contexts:
-            if not self._over() and (chosen, context) not in self.known and not self._hopeless(chosen, context):
+            if not self._over() and (chosen, context) not in self.known and not self.hopeless(chosen, context):
                 self._measured(chosen, context, "search")
 
     def _stay(self, first: Configuration, at: int) -> None:
@@ -195,7 +195,7 @@ class Search:
             if like is not None and configuration.load_group != like.load_group:  # it asks for a draft model
                 self.studies.by_context[context].tell(trial, state=TrialState.FAIL)  # no answer: nothing to learn
                 continue
-            reason = self._hopeless(configuration, context)
+            reason = self.hopeless(configuration, context)
             record = self.known.get((configuration, context))
             if record is not None:
                 self.studies.tell(context, trial, record, self.workload, self.budget)
@@ -214,9 +214,9 @@ class Search:
         space = self.space if like is None else self.space.with_load_group(like)
         left = [configuration for configuration in space.configurations() if (configuration, context) not in self.known]
         self._random.shuffle(left)
-        return next((configuration for configuration in left if not self._hopeless(configuration, context)), None)
+        return next((configuration for configuration in left if not self.hopeless(configuration, context)), None)
 
-    def _hopeless(self, configuration: Configuration, context: int) -> str:
+    def hopeless(self, configuration: Configuration, context: int) -> str:
         """Why measuring it cannot change the answer: what is known of the same load or the same text, or the plan."""
         for (other, at), record in self.known.items():
             if _did_not_load(record) and other.load_group == configuration.load_group:

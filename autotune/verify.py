@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
@@ -238,4 +239,5 @@ def print_verdicts(verification: Verification) -> None:
     table = Table("claim", "", "promised", "found", header_style="bold")
     for verdict in verification.verdicts:
         table.add_row(verdict.claim, "holds" if verdict.holds else "FAILS", verdict.promised, verdict.found)
-    Console().print(table)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(table)

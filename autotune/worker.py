@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import time
 import traceback
@@ -305,6 +306,7 @@ def serve(requests: IO[str], events: IO[str]) -> None:
 def _failure(error: Exception) -> dict[str, Any]:
     import torch
 
+    from .config import mib
     from .engine.load import Unsupported
     from .measure.inputs import UnusableText
     from .measure.memory import out_of_memory
@@ -318,8 +320,11 @@ def _failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, Unsupported):
         return {"outcome": "unsupported", "reason": reason, "poisoned": bool(getattr(error, "poisons", False))}
     if out_of_memory(error):
-        # CUDA's message goes on with advice about the whole device, which is not what is short here
-        return {"outcome": "out_of_memory", "reason": reason.partition(" GPU 0 ")[0], "poisoned": False}
+        # CUDA's message goes on with advice about the whole device, which is not what is short here; the host
+        # allocator's begins with the line of its source that failed
+        asked = re.search(r"you tried to allocate (\d+) bytes", str(error))
+        reason = f"no room for {mib(int(asked[1]))} more" if asked else reason.partition(" GPU 0 ")[0]
+        return {"outcome": "out_of_memory", "reason": reason, "poisoned": False}
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if raised_in.startswith(_PACKAGE) and not isinstance(error, OSError):
         return {"outcome": "bug", "reason": reason, "trace": trace, "poisoned": True}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from autotune.engine import load
 from autotune.engine.load import Unsupported, load_model, quantize_linear
@@ -354,3 +354,11 @@ def test_loading_never_holds_more_than_the_result_and_one_tensor(tmp_path, saved
         if not what.startswith("fp32"):  # the quantizers' temporaries: some four copies of a layer beside the layer
             slack = max(slack, 5 * 1408 * 512 * 4 + 4e6 - seen["largest"])
         assert seen["footprint"] * 0.9 < seen["grown"] < seen["footprint"] + seen["largest"] + slack, (what, seen)
+
+
+def test_weights_that_are_in_no_linear_layer_are_named(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=89, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Unsupported, match=r"quanto-int8 stores linear layers; .* in others, such as transformer\."):
+        load_model(tmp_path, weights="quanto-int8", lm_head="fp32")
+    assert load_model(tmp_path, weights="fp32", lm_head="fp32").config.n_embd == 32

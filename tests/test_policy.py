@@ -197,13 +197,14 @@ def test_a_policy_of_the_first_version_is_read_and_its_new_fields_are_empty() ->
     assert policy.rules[0].evidence.new_tokens is None
 
 
-def test_where_too_little_was_measured_for_an_interval_there_is_none() -> None:
-    none = [synthetic_record(FAST, 512, stage="final", tokens_per_s_interval=None)]
-    one = [synthetic_record(FAST, 512, stage="final", tokens_per_s_interval=(98.0, 103.0))]
-    for records, interval in ((none, None), (none + one, (98.0, 103.0))):
-        policy = policy_of(records, {512: FAST}, {})
+def test_the_interval_is_that_of_all_rounds_together_and_one_round_has_none() -> None:
+    rounds = [(98.0, 102.0), (99.0, 101.0)]
+    for parts, expected in (([(100.0,)], None), (rounds, (96.36, 103.64)), ([sum(rounds, ())], (96.36, 103.64))):
+        policy = policy_of([synthetic_record(FAST, 512, part, stage="final") for part in parts], {512: FAST}, {})
         assert policy is not None
-        assert policy.rules[0].expected.tokens_per_s_interval == interval
+        assert policy.rules[0].expected.tokens_per_s == pytest.approx(100)
+        interval = policy.rules[0].expected.tokens_per_s_interval
+        assert interval == (None if expected is None else pytest.approx(expected, rel=2e-3))
 
 
 def test_the_certificate_names_the_files_of_the_draft_that_is_loaded_and_of_no_other() -> None:
@@ -676,7 +677,7 @@ def test_a_boundary_between_contexts_is_a_rule_of_its_own_with_its_own_evidence(
     assert [chosen_at(policy, length).depth for length in (512, 513, 1280, 1281)] == [4, 4, 4, 0]
     reach = policy.rules[1]
     assert reach.evidence.stage == "boundary"
-    assert reach.expected.tokens_per_s == 211
+    assert reach.expected.tokens_per_s == pytest.approx(211)
     assert reach.expected.peak_bytes == 700 * MIB
     assert (reach.speedup, reach.unrestricted) == (None, None)
     assert "nothing stock" not in reach.note

@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 
 from autotune import run, trial
 from autotune.config import Budget, Configuration, Record, Workload
+from autotune.demo import TARGET
+from autotune.plan import read_shape
 from autotune.policy import Policy, read_policy, schema
 from autotune.results import read_records
-from autotune.space import Space
+from autotune.space import Space, read_space
 from autotune.study import Search, Studies
 from autotune.trial import Inputs, WorkerFailed
 
@@ -528,3 +530,29 @@ def test_the_chosen_and_the_baseline_are_measured_in_turns_and_a_baseline_that_w
         (cache, 512, "final") for cache in turns
     ]
     assert search.studies.keep.call_count == trials.close.call_count == len(turns)
+
+
+def test_a_measurement_that_the_end_of_a_run_cut_short_is_not_known_to_the_next(tmp_path: Path) -> None:
+    workload, cut, slow, done = Workload(contexts=(64,)), *(Configuration(prefill_chunk=chunk) for chunk in (1, 2, 3))
+    request = run.Request(TARGET, [], Budget(10**9), workload, read_space("quick"), "quick", tmp_path)
+    studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
+    studies.keep(Record(cut, 64, "timeout", "measure took longer than 30 s"))
+    studies.keep(Record(slow, 64, "timeout", "measure took longer than 600 s"))
+    studies.keep(synthetic_record(done, 64))
+    shapes, info = {str(TARGET): read_shape(TARGET)}, {"environment": {"base_bytes": 10**8}}
+    search = run._search(request, request.space, shapes, studies, Mock(), info, Quiet())
+    assert set(search.known) == {(slow, 64), (done, 64)}
+
+
+def test_the_run_says_how_much_of_the_space_it_measured_and_what_was_ruled_out(tmp_path: Path) -> None:
+    space = Space({"cache": ("static", "dynamic"), "prefill_chunk": (0, 512)})
+    studies = Studies(f"sqlite:///{tmp_path}/study.db", "study", {}, (64, 128), 0)
+
+    def fits(configuration: Configuration, context: int) -> str:
+        return "predicted over the budget" if configuration.cache == "static" and context == 128 else ""
+
+    search = Search(space, Workload(contexts=(64, 128)), Budget(10**9), studies, Mock(), fits, 0.0)
+    record = synthetic_record(Configuration(cache="dynamic"), 64)
+    search.known[record.configuration, 64] = record
+    measured = "measured 1 of 8 (configuration, context) pairs of the space"
+    assert run._coverage(search) == f"{measured}; 2 more cannot fit or cannot differ"

@@ -64,6 +64,8 @@ def load_model(
     if getattr(config, "quantization_config", None) is not None:
         raise Unsupported("the checkpoint is already quantized: only weights = checkpoint can load it")
     model = _empty_model(config, dtype, attention)
+    if weights not in ("bf16", "fp32"):
+        _check_linear(model, weights)
     tensors = _Tensors(Path(folder), model)
     output = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
@@ -163,6 +165,25 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
             layer.support_avx512bf16_for_cpu = False
     layer.bias = bias
     return layer  # type: ignore[no-any-return]
+
+
+def _check_linear(model: PreTrainedModel, word: str) -> None:
+    """Raises Unsupported where most weights are in no linear layer: they would stay as they are, and nobody be told."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    matrices = [
+        (f"{name}.{key}", type(module) is nn.Linear, parameter.numel())
+        for name, module in model.named_modules()
+        if module not in tables
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1
+    ]
+    whole, other = sum(count for *_, count in matrices), [row for row in matrices if not row[1]]
+    left = sum(count for *_, count in other)
+    if left > whole / 2:
+        share, example = f"{left / whole:.0%}", other[0][0]
+        raise Unsupported(
+            f"{word} stores linear layers; {share} of this model's weights are in others, such as {example}"
+        )
 
 
 def register_split_kv(device: str) -> None:
