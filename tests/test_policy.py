@@ -190,10 +190,10 @@ def test_a_misspelt_field_is_refused_with_the_field_that_is_meant(
 
 
 def test_a_policy_of_the_first_version_is_read_and_its_new_fields_are_empty() -> None:
-    policy = read_policy(Path(__file__).parents[1] / "results" / "reference" / "policy.json")
+    policy = read_policy(Path(__file__).parents[1] / "benchmarks" / "recorded" / "run-8b-h200" / "policy.json")
     assert policy.drafts == []
     assert policy.model.files == {}
-    assert policy.rules[0].evidence.witness == "resident set"
+    assert policy.rules[0].evidence.witness == "NVML, per process"
     assert policy.rules[0].evidence.new_tokens is None
 
 
