@@ -11,6 +11,7 @@ each other until memory runs out for the first time; from then on one.
 from __future__ import annotations
 
 import gc
+import hashlib
 import sys
 import threading
 import traceback
@@ -26,11 +27,12 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
-from .config import LoadGroup, mib
+from .config import MIB, LoadGroup, mib
 from .engine.decode import Engine, Generation, Sampling
 from .measure.memory import Meter, out_of_memory
-from .policy import Policy, PolicyError, Rule, read_policy
+from .policy import ModelInfo, Policy, PolicyError, Rule, read_policy
 
+_SMALL = 64 * MIB  # bytes of a file that is hashed before it is loaded
 FinishReason = Literal["stop", "length", "closed"]
 
 
@@ -326,7 +328,19 @@ def deploy(policy: str | Path | Policy, device: str | None = None) -> LLM:
         raise PolicyError(f"the policy was measured on {loaded.environment.get('device')}; there is no GPU here")
     if not Path(loaded.model.path).is_dir():
         raise PolicyError(f"the policy's model folder {loaded.model.path} does not exist: edit model.path")
+    for model in [loaded.model, *loaded.drafts]:
+        _check_files(model)
     return LLM(loaded, device)
+
+
+def _check_files(model: ModelInfo) -> None:
+    """Raises PolicyError where a small file is not the one that was measured; `verify` reads the large ones."""
+    for name, digest in model.files.items():
+        path = Path(model.path) / name
+        if not path.exists():
+            raise PolicyError(f"{path} is missing, which the policy was measured with")
+        if path.stat().st_size <= _SMALL and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise PolicyError(f"{path} has changed since the policy was measured: bring it back, or run autotune again")
 
 
 class _Callable(ModuleType):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -531,3 +532,17 @@ def test_deploy_can_be_called_however_it_was_imported(tmp_path: Path) -> None:
 
     with pytest.raises(PolicyError, match="cannot be read"):
         autotune.deploy(tmp_path / "policy.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_model_that_changed_since_it_was_measured_is_not_deployed(tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(TARGET, tmp_path / "model")
+    measured = policy(folder)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(PolicyError, match=f"{name} has changed since the policy was measured"):
+        deploy(measured)
+    (folder / name).unlink()
+    with pytest.raises(PolicyError, match=f"{name} is missing"):
+        deploy(measured)
