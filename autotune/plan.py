@@ -127,6 +127,11 @@ class ModelShape:
         return blocks + self.embedding_elements + (0 if self.tied else self.lm_head_elements)
 
     @cached_property
+    def sizes(self) -> dict[tuple[str, str, str], tuple[int, int, int, int]]:
+        """What `_model_bytes` counted already: a space asks for the same few again and again."""
+        return {}
+
+    @cached_property
     def _linears(self) -> tuple[Linear, ...]:
         return tuple(linear for block in (*self.layers, self.rest) for linear in block.linears)
 
@@ -479,6 +484,13 @@ def _model_bytes(shape: ModelShape, weights: str, lm_head: str, embeddings: str)
 
     A tied lm_head that is stored as the embedding is counts once, as lm_head.
     """
+    known = shape.sizes.get((weights, lm_head, embeddings))
+    if known is None:
+        known = shape.sizes[weights, lm_head, embeddings] = _counted_bytes(shape, weights, lm_head, embeddings)
+    return known
+
+
+def _counted_bytes(shape: ModelShape, weights: str, lm_head: str, embeddings: str) -> tuple[int, int, int, int]:
     if weights == "checkpoint" and shape.prequantized and not shape.exact:
         raise PlanError(f"a quantized {shape.model_type} checkpoint needs its safetensors to be sized; download them")
     element = _element(shape, weights)
