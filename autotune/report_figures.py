@@ -32,7 +32,7 @@ _FOOTPRINT = [[0, "#b8e0d2"], [0.35, "#52a9b5"], [0.7, "#2a6496"], [1, "#241a54"
 _LINES = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7b61a8")  # Okabe and Ito's, but for the last
 _SYMBOLS = ("square", "triangle-up", "diamond", "cross", "triangle-down", "pentagon")
 _FAILURES = ("x-thin", "cross-thin", "asterisk", "square", "diamond", "hexagon", "triangle-up", "star")
-_OWNERS = dict.fromkeys(("process", "cuda_context"), "#7b8794")
+_OWNERS = dict.fromkeys(("base", "process", "cuda_context"), "#7b8794")
 _OWNERS |= {"weights": "#1f4e79", "lm_head": "#3d85b8", "embeddings": "#9ccbe8", "draft": "#a8527f"}
 _OWNERS |= {"kv_cache": "#e69f00", "draft_kv_cache": "#f7dc9a", "activations": "#009e73", "slack": "#d5dae0"}
 _OTHER = "#b0a18f"
@@ -294,7 +294,8 @@ def _memory_over_context(view: View) -> Html:
             text = {"name": name, "showlegend": False, "hovertext": hover, "hoverinfo": "text"}
             figure.add_scatter(x=contexts, y=sizes, stackgroup="owners", **look, **text, **place)
         figure.add_hline(view.budget, line={"color": _CHOSEN, "dash": "dash", "width": 1.5}, **place)
-    figure.update_xaxes(title="context, tokens", tickformat=",", nticks=5)
+    ends = [record.context_tokens for records in held.values() for record in records]
+    figure.update_xaxes(title="context, tokens", tickformat=",", nticks=5, range=[min(ends), max(ends)])
     top = max(view.budget, *(sum(record.memory.values()) / MIB for records in held.values() for record in records))
     figure.update_yaxes(tickformat=",", range=[0, 1.08 * top])
     figure.update_yaxes(title="footprint, MiB", row=1, col=1)

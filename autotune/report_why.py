@@ -33,7 +33,8 @@ def why_section(view: View) -> Html:
     for answer in view.answers:
         if answer.context in view.run.workload.contexts:
             facts = [join([tag("dt", name), tag("dd", *said)]) for name, said in _facts(view, answer)]
-            parts += [tag("h3", f"Why this one, at {answer.context:,} tokens"), tag("dl", *facts, class_="why")]
+            title = "Why this one" if answer.chosen else "Why nothing"
+            parts += [tag("h3", f"{title}, at {answer.context:,} tokens"), tag("dl", *facts, class_="why")]
     return join(parts)
 
 
@@ -109,7 +110,7 @@ def _gap(ratio: float, low: float, high: float) -> str:
     """How much faster or slower, in %, with the 95 % interval."""
     gain, least, most = (100 * (end - 1) for end in (ratio, low, high))
     if math.isinf(high):
-        return f"{abs(gain):.1f} % {'faster' if gain > 0 else 'slower'}, too few rounds for an interval"
+        return f"{abs(gain):.1f} % {'faster' if gain > 0 else 'slower'}, too few rounds stored for an interval"
     if low > 1:
         return f"{gain:.1f} % faster ({least:.1f} to {most:.1f} %)"
     if high < 1:
@@ -133,14 +134,14 @@ def _rounds(view: View, configuration: Configuration, context: int, final: bool)
 
 def _rejected(view: View, answer: Answer, here: Sequence[Record]) -> list[object]:
     """What was faster than the chosen and not feasible, and what failed without a rate."""
-    bar = view.speed(answer.chosen) if answer.chosen else 0.0
+    bar, what = (view.speed(answer.chosen), "was faster") if answer.chosen else (0.0, "ran")
     failed = [record for record in here if record.outcome != "ok"]
     faster = [record for record in failed if view.speed(record) > bar]
     blank = [record for record in failed if not view.rate(record)]
-    said: list[object] = ["Nothing that was faster."]
+    said: list[object] = [f"Nothing that {what}."]
     if faster:
         first = max(faster, key=view.speed)
-        said = [f"Of what was faster, {_counts(faster)}. The fastest: ", *_named(view, answer, first)]
+        said = [f"Of what {what}, {_counts(faster)}. The fastest: ", *_named(view, answer, first)]
         said += [f". {words(first.outcome).capitalize()}: {first.reason or 'no reason stored'}."]
     return [*said, f" Failed before there was a rate: {_counts(blank)}."] if blank else said
 

@@ -442,6 +442,14 @@ def test_faster_ones_that_were_rejected_are_counted_and_the_fastest_named(page: 
     assert fact(page(why(slow)), "Rejected") == "Nothing that was faster."
 
 
+def test_where_nothing_is_chosen_it_says_what_ran(page: Callable[[RunData], _Page]) -> None:
+    noisy, over = synthetic(CHOSEN, 100, "unstable"), synthetic(BASELINE, 50, "over_budget", peak=1001 * MIB)
+    words = page(replace(why(over, chosen=noisy), policy=None)).words
+    assert "Why nothing, at 4,096 tokens Knobs that mattered" in words
+    assert "Runner-up Nothing is chosen here. Rejected Of what ran, 1 unstable, 1 over budget. The fastest: " in words
+    assert "1 GB more buys weights=bnb-nf4 with 50.0 tokens/s. It held 1,001 MiB" in words
+
+
 def test_one_more_gigabyte_buys_what_lacked_only_that(page: Callable[[RunData], _Page]) -> None:
     def over(prefill_chunk: int, rate: float, peak: int, ratio: float | None = 1.01) -> Record:
         configuration = CHOSEN.replace(prefill_chunk=prefill_chunk)
