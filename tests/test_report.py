@@ -490,12 +490,14 @@ def test_memory_is_stacked_over_context_for_the_baseline_and_the_chosen(page: Ca
     run = synthetic_run(count=20)
     drawn = pictured(page(run), "memory-over-context")
     records = [r for r in run.records if r.stage == "baseline" and r.memory]
-    ours = [trace for trace in drawn if trace["xaxis"] == "x"]
-    assert [trace["stackgroup"] for trace in ours] == ["owners"] * len(ours)
+    ours, theirs = ([trace for trace in drawn if trace["xaxis"] == axis] for axis in ("x", "x2"))
+    assert [trace["stackgroup"] for trace in drawn] == ["owners"] * len(drawn)
     sums = [sum(trace["y"][i] for trace in ours) for i in range(len(records))]
     assert [round(size) for size in sums] == [round(sum(r.memory.values()) / MIB) for r in records]
     assert [trace["x"] for trace in ours] == [[r.context_tokens for r in records]] * len(ours)
-    assert {trace["name"] for trace in drawn if trace["xaxis"] == "x2"} >= {"weights", "kv cache", "activations"}
+    peaks = [round(rule["expected"]["peak_bytes"] / MIB) for rule in run.policy["rules"]]
+    assert [round(sum(trace["y"][i] for trace in theirs)) for i in range(len(peaks))] == peaks
+    assert {trace["name"] for trace in theirs} >= {"weights", "kv cache", "activations"}
     assert pictured(page(synthetic_run(count=4, contexts=(512,))), "memory-over-context") == []
 
 

@@ -454,7 +454,8 @@ def test_the_winner_is_not_completed_past_the_deadline_or_where_the_plan_exclude
     assert late.calls == large.calls == []
 
 
-WIDE = space_of(cache=("dynamic", "static", "quantized-4"), attention=("sdpa", "split_kv"), launch=("eager", "graph"))
+CACHES = space_of(cache=("dynamic", "static", "quantized-4"), launch=("eager", "graph")).choices
+WIDE = Space({"attention": ("sdpa", "split_kv")} | {knob: CACHES[knob] for knob in CACHES if knob != "attention"})
 
 
 def told(folder: Path, configurations: list[Configuration], remembered: bool = False) -> None:
