@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from autotune.config import MIB, Configuration, Record
+from autotune.config import MIB, Record
 from autotune.policy import speedup
 from autotune.report_view import (
     Answer,
@@ -88,7 +88,8 @@ def _compared(view: View, answer: Answer, other: Record) -> list[object]:
     ours, theirs = answer.chosen.configuration, other.configuration
     _, low, high = _ratio(view, answer.chosen, other)
     said = _named(view, answer, other)
-    if low > 1 and ours.load_group != theirs.load_group and not view.run.info.get("reloads"):
+    bound = not answer.kept and not view.run.info.get("reloads")
+    if low > 1 and bound and ours.load_group != theirs.load_group:
         said += ["; but one load serves all contexts"]
     elif low <= 1 <= high and ours.complexity < theirs.complexity and math.isfinite(high):
         said += ["; the chosen is simpler"]
@@ -119,17 +120,20 @@ def _gap(ratio: float, low: float, high: float) -> str:
 
 
 def _ratio(view: View, ours: Record, theirs: Record) -> tuple[float, float, float]:
-    """Theirs over ours with its interval: both as measured again, else both as the search measured them."""
-    for final in (True, False):
-        a, b = (_rounds(view, r.configuration, r.context_tokens, final) for r in (ours, theirs))
+    """Theirs over ours with its interval: both as measured again, else as the search measured both, else by all."""
+    for final in (True, False, None):
+        a, b = _sound(view, ours, final), _sound(view, theirs, final)
         if a and b:
             return speedup(b, a, view.run.workload.objective)
     return view.speed(theirs) / view.speed(ours) if view.speed(ours) else math.inf, 0.0, math.inf
 
 
-def _rounds(view: View, configuration: Configuration, context: int, final: bool) -> list[Record]:
-    here = [r for r in view.run.records if r.configuration == configuration and r.context_tokens == context]
-    return [record for record in here if record.samples and view.rate(record) and (record.stage == "final") == final]
+def _sound(view: View, record: Record, final: bool | None) -> list[Record]:
+    """What was measured of the same thing; noise counts only where there is nothing but noise."""
+    here = [r for r in view.run.records if r.context_tokens == record.context_tokens and r.samples and view.rate(r)]
+    same = [r for r in here if r.configuration == record.configuration]
+    sound = ("ok", "quality_loss", record.outcome)
+    return [r for r in same if r.outcome in sound and final in (None, r.stage == "final")]
 
 
 def _rejected(view: View, answer: Answer, here: Sequence[Record]) -> list[object]:

@@ -400,6 +400,8 @@ def test_the_runner_up_of_another_load_stands_beside_that_of_this_one(page: Call
     assert "Of all: lm_head=nf4 with 150 tokens/s, 50.0 % faster" in said
     assert said.endswith("; but one load serves all contexts.")
     assert "one load" not in fact(page(why(*records, info={"reloads": True})), "Runner-up")
+    kept = synthetic(CHOSEN, 100, stage="baseline")
+    assert "one load" not in fact(page(why(*records, chosen=kept)), "Runner-up")
     assert fact(page(why(records[1])), "Runner-up").startswith("Of this load: none that is feasible. Of all: lm_head")
     assert fact(page(why()), "Runner-up") == "No other configuration that was measured here is feasible."
 
@@ -420,6 +422,12 @@ def test_a_comparison_rests_on_what_was_measured_alike(page: Callable[[RunData],
     assert ", 8.3 % slower (" in fact(page(run), "Runner-up")
     run = why(final, stock, again, chosen=synthetic(CHOSEN, 120))
     assert "the baseline with 80.0 tokens/s, 20.0 % slower (" in fact(page(run), "Runner-up")
+
+
+def test_noise_is_compared_with_nothing(page: Callable[[RunData], _Page]) -> None:
+    noise, other = synthetic(CHOSEN, 50, "unstable"), synthetic(CHOSEN.replace(cache="static"), 90)
+    said = fact(page(why(synthetic(CHOSEN, 100, stage="final"), other, chosen=noise)), "Runner-up")
+    assert ", 10.0 % slower (" in said
 
 
 def test_what_failed_once_is_no_runner_up(page: Callable[[RunData], _Page]) -> None:
