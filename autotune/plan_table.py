@@ -12,7 +12,7 @@ from rich.table import Table
 
 from . import plan
 from .config import Configuration, mib
-from .report import describe
+from .report_view import describe
 from .run import Request, check_inputs
 
 SHOWN = 24  # rows

@@ -18,10 +18,11 @@ from . import __version__
 from . import plan as planning
 from .config import Budget, Configuration, Record, Workload, mib
 from .policy import Policy, best_group, choose, make_policy, settle, speedup, write_policy
-from .report import RunData, write_report
-from .results import RunError, frame, read_info, read_records, read_run
+from .report import write_report
+from .report_view import RunData
+from .results import RunError, frame, read_info, read_records, read_run, storage_url
 from .space import Space
-from .study import Search, Studies, also, complete
+from .study import Search, Studies, also, complete, importances
 from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
@@ -661,6 +662,7 @@ def conclude(
         budget=run.budget,
         policy=policy.model_dump(mode="json") if policy is not None else None,
         info=shown,
+        importances=importances(storage_url(out, run.info), run.info["study"], run.workload.contexts),
     )
     write_report(data, out / "report.html")
     return policy

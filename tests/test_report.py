@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import synthetic_record as measured
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.config import MIB, Budget, Configuration, LoadGroup, Record, Workload
-from autotune.report import RunData, describe, pareto_front, write_report
+from autotune.policy import speedup
+from autotune.report import write_report
+from autotune.report_figures import pareto_front
+from autotune.report_view import RunData, describe
 
 BASELINE = Configuration(weights="bnb-nf4")
 BUDGET = 8600 * MIB
@@ -351,6 +357,156 @@ def test_a_finalist_measured_again_replaces_its_first_measurement(page: Callable
 
 def test_the_same_results_give_the_same_page(page: Callable[[RunData], _Page]) -> None:
     assert page(synthetic_run(count=6)).source == page(synthetic_run(count=6)).source
+
+
+CHOSEN = BASELINE.replace(launch="graph")
+OTHER_LOAD = CHOSEN.replace(lm_head="nf4")
+
+
+def why(*records: Record, chosen: Record | None = None, **given: Any) -> RunData:
+    """A run at 4,096 tokens that chose CHOSEN, 100 tokens/s, under a budget of 1,000 MiB, beside these records."""
+    chosen = chosen or synthetic(CHOSEN, 100)
+    knobs = {"settings": {"launch": "graph"}, "load": asdict(CHOSEN.load_group)}
+    policy = {"model": "m", "load": knobs["load"], "rules": [{"max_context_tokens": 4096, **knobs}]}
+    workload = Workload(contexts=(4096,), max_quality_loss=0.05)
+    return RunData([chosen, *records], workload, Budget(1000 * MIB), policy, **given)
+
+
+def synthetic(configuration: Configuration, rate: float, outcome: Any = "ok", **figures: Any) -> Record:
+    reason = "" if outcome == "ok" else f"it is {outcome}"
+    return measured(configuration, 4096, (rate, 1.01 * rate, 0.99 * rate), outcome=outcome, reason=reason, **figures)
+
+
+def fact(page: _Page, name: str) -> str:
+    """What the page says after a term of the only context."""
+    terms = ["Knobs that mattered", "Runner-up", "Rejected", "1 GB more buys", "1 % more loss buys", "Throughput"]
+    words = page.words.partition("Why this one, at 4,096 tokens")[2]
+    return words.partition(name)[2].partition(terms[terms.index(name) + 1])[0].strip()
+
+
+def test_the_runner_up_is_the_next_that_is_feasible_and_says_what_it_lost_by(page: Callable[[RunData], _Page]) -> None:
+    near, far = synthetic(CHOSEN.replace(cache="static"), 90), synthetic(CHOSEN.replace(cache="quantized-4"), 80)
+    lost = synthetic(CHOSEN.replace(prefill_chunk=512), 95, "wrong_output")
+    said = fact(page(why(far, near, lost)), "Runner-up")
+    most, least = (100 - 100 * end for end in speedup([near], [synthetic(CHOSEN, 100)], "end-to-end")[1:])
+    lost_by = f"10.0 % slower ({least:.1f} to {most:.1f} %)"
+    assert said == f"Of this load and of all: cache=static with 90.0 tokens/s, {lost_by}."
+
+
+def test_the_runner_up_of_another_load_stands_beside_that_of_this_one(page: Callable[[RunData], _Page]) -> None:
+    records = [synthetic(CHOSEN.replace(cache="static"), 90), synthetic(OTHER_LOAD, 150)]
+    said = fact(page(why(*records)), "Runner-up")
+    assert said.startswith("Of this load: cache=static with 90.0 tokens/s")
+    assert "Of all: lm_head=nf4 with 150 tokens/s, 50.0 % faster" in said
+    assert said.endswith("; but one load serves all contexts.")
+    assert "one load" not in fact(page(why(*records, info={"reloads": True})), "Runner-up")
+    kept = synthetic(CHOSEN, 100, stage="baseline")
+    assert "one load" not in fact(page(why(*records, chosen=kept)), "Runner-up")
+    assert fact(page(why(records[1])), "Runner-up").startswith("Of this load: none that is feasible. Of all: lm_head")
+    assert fact(page(why()), "Runner-up") == "No other configuration that was measured here is feasible."
+
+
+def test_a_tie_goes_to_the_simpler_and_says_so(page: Callable[[RunData], _Page]) -> None:
+    more, fewer = CHOSEN.replace(cache="static"), BASELINE.replace(cache="dynamic")
+    said = fact(page(why(synthetic(more, 101))), "Runner-up")
+    assert "a tie within error: +1.0 % (-" in said
+    assert said.endswith("; the chosen is simpler.")
+    assert "simpler" not in fact(page(why(synthetic(fewer, 101))), "Runner-up")
+
+
+def test_a_comparison_rests_on_what_was_measured_alike(page: Callable[[RunData], _Page]) -> None:
+    """The finals of the chosen are slower than its search; a runner-up without finals is compared with the search."""
+    final, stock = synthetic(CHOSEN, 100, stage="final"), synthetic(BASELINE, 90, stage="baseline")
+    again, other = synthetic(BASELINE, 80, stage="final"), synthetic(CHOSEN.replace(cache="static"), 110)
+    run = why(final, other, chosen=synthetic(CHOSEN, 120))
+    assert ", 8.3 % slower (" in fact(page(run), "Runner-up")
+    run = why(final, stock, again, chosen=synthetic(CHOSEN, 120))
+    assert "the baseline with 80.0 tokens/s, 20.0 % slower (" in fact(page(run), "Runner-up")
+
+
+def test_noise_is_compared_with_nothing(page: Callable[[RunData], _Page]) -> None:
+    noise, other = synthetic(CHOSEN, 50, "unstable"), synthetic(CHOSEN.replace(cache="static"), 90)
+    said = fact(page(why(synthetic(CHOSEN, 100, stage="final"), other, chosen=noise)), "Runner-up")
+    assert ", 10.0 % slower (" in said
+
+
+def test_what_failed_once_is_no_runner_up(page: Callable[[RunData], _Page]) -> None:
+    other = CHOSEN.replace(cache="static")
+    run = why(synthetic(other, 110, "wrong_output"), synthetic(other, 110, stage="final"))
+    assert fact(page(run), "Runner-up").startswith("No other configuration")
+    assert fact(page(run), "Rejected").startswith("Of what was faster, 1 wrong output.")
+
+
+def test_faster_ones_that_were_rejected_are_counted_and_the_fastest_named(page: Callable[[RunData], _Page]) -> None:
+    chunks = [CHOSEN.replace(prefill_chunk=size) for size in (64, 128, 256, 512)]
+    slow = synthetic(CHOSEN.replace(cache="quantized-8"), 50, "unstable")
+    failed = [Record(CHOSEN.replace(cache="static", prefill_chunk=size), 4096, "out_of_memory") for size in (1, 2)]
+    faster = [synthetic(chunks[0], 120, "over_budget"), synthetic(chunks[1], 130, "wrong_output")]
+    faster += [synthetic(chunks[2], 110, "over_budget"), synthetic(chunks[3], 105, "quality_loss")]
+    said = fact(page(why(slow, *failed, *faster)), "Rejected")
+    assert said.startswith("Of what was faster, 2 over budget, 1 wrong output, 1 quality loss. The fastest: ")
+    assert "prefill_chunk=128 with 130 tokens/s, 30.0 % faster (" in said
+    assert "Wrong output: it is wrong_output. Failed before there was a rate: 2 out of memory." in said
+    assert fact(page(why(slow)), "Rejected") == "Nothing that was faster."
+
+
+def test_where_nothing_is_chosen_it_says_what_ran(page: Callable[[RunData], _Page]) -> None:
+    noisy, over = synthetic(CHOSEN, 100, "unstable"), synthetic(BASELINE, 50, "over_budget", peak=1001 * MIB)
+    words = page(replace(why(over, chosen=noisy), policy=None)).words
+    assert "Why nothing, at 4,096 tokens Knobs that mattered" in words
+    assert "Runner-up Nothing is chosen here. Rejected Of what ran, 1 unstable, 1 over budget. The fastest: " in words
+    assert "1 GB more buys weights=bnb-nf4 with 50.0 tokens/s. It held 1,001 MiB" in words
+
+
+def test_one_more_gigabyte_buys_what_lacked_only_that(page: Callable[[RunData], _Page]) -> None:
+    def over(prefill_chunk: int, rate: float, peak: int, ratio: float | None = 1.01) -> Record:
+        configuration = CHOSEN.replace(prefill_chunk=prefill_chunk)
+        return synthetic(configuration, rate, "over_budget", peak=1000 * MIB + peak, ratio=ratio)
+
+    far, lossy, unknown = over(1, 190, 10**9 + 1), over(2, 180, MIB, 1.06), over(3, 170, MIB, None)
+    slower, most, less = over(4, 90, MIB), over(5, 130, 10**9, 1.05), over(6, 120, MIB)
+    said = fact(page(why(far, lossy, unknown, slower, less, most)), "1 GB more buys")
+    assert said.startswith("prefill_chunk=5 with 130 tokens/s, 30.0 % faster (")
+    assert "It held 1,954 MiB, quality loss 5.00 %." in said
+    assert fact(page(why(far, lossy, unknown, slower)), "1 GB more buys") == "Nothing that was measured."
+
+
+def test_one_per_cent_more_loss_buys_what_lacked_only_that(page: Callable[[RunData], _Page]) -> None:
+    def lossy(prefill_chunk: int, rate: float, ratio: float, outcome: str = "quality_loss") -> Record:
+        return synthetic(CHOSEN.replace(prefill_chunk=prefill_chunk), rate, outcome, ratio=ratio)
+
+    far, broken, slower = lossy(1, 190, 1.0601), lossy(2, 180, 1.055, "wrong_output"), lossy(3, 90, 1.055)
+    said = fact(page(why(far, broken, slower, lossy(4, 120, 1.0599), lossy(5, 110, 1.051))), "1 % more loss buys")
+    assert said.startswith("prefill_chunk=4 with 120 tokens/s, 20.0 % faster (")
+    assert fact(page(why(far, broken, slower)), "1 % more loss buys") == "Nothing that was measured."
+
+
+def test_the_knobs_that_mattered_are_named_or_why_not(page: Callable[[RunData], _Page]) -> None:
+    shares = {4096: {"launch": 0.7, "cache": 0.26, "draft": 0.04}}
+    said = fact(page(why(importances=shares)), "Knobs that mattered")
+    assert said == "launch 70 %, cache 26 % of what set the faster half of the finished trials apart."
+    assert fact(page(why()), "Knobs that mattered") == "Too few trials finished here to say."
+
+
+def pictured(page: _Page, name: str) -> list[dict[str, Any]]:
+    """The traces of a picture; none where the page does not have it."""
+    found = re.search(rf'Plotly.newPlot\(\s*"{name}",\s*', page.source)
+    return json.JSONDecoder().raw_decode(page.source, found.end())[0] if found else []
+
+
+def test_memory_is_stacked_over_context_for_the_baseline_and_the_chosen(page: Callable[[RunData], _Page]) -> None:
+    run = synthetic_run(count=20)
+    drawn = pictured(page(run), "memory-over-context")
+    records = [r for r in run.records if r.stage == "baseline" and r.memory]
+    ours, theirs = ([trace for trace in drawn if trace["xaxis"] == axis] for axis in ("x", "x2"))
+    assert [trace["stackgroup"] for trace in drawn] == ["owners"] * len(drawn)
+    sums = [sum(trace["y"][i] for trace in ours) for i in range(len(records))]
+    assert [round(size) for size in sums] == [round(sum(r.memory.values()) / MIB) for r in records]
+    assert [trace["x"] for trace in ours] == [[r.context_tokens for r in records]] * len(ours)
+    peaks = [round(rule["expected"]["peak_bytes"] / MIB) for rule in run.policy["rules"]]
+    assert [round(sum(trace["y"][i] for trace in theirs)) for i in range(len(peaks))] == peaks
+    assert {trace["name"] for trace in theirs} >= {"weights", "kv cache", "activations"}
+    assert pictured(page(synthetic_run(count=4, contexts=(512,))), "memory-over-context") == []
 
 
 def test_no_heavy_import_comes_with_the_module() -> None:

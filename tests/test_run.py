@@ -409,6 +409,14 @@ def test_where_the_choice_changes_is_found_by_halving_and_certified_with_quality
     assert list(tmp_path.glob("reference-*.npy")) == []
 
 
+def test_the_report_tells_the_importances_of_the_study(tmp_path: Path, clock: Any, monkeypatch: Any) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(run, "importances", lambda *given: asked.append(given) or {LOW: {"launch": 0.625}})
+    Looked(tmp_path, clock(Formula(1400)))
+    assert asked == [(f"sqlite:///{tmp_path / 'study.db'}", f"autotune-{tmp_path.name}", (LOW, HIGH))]
+    assert "launch 62 %" in (tmp_path / "report.html").read_text("utf-8")
+
+
 def test_a_policy_with_boundaries_is_rebuilt_from_what_is_stored_and_they_are_in_the_table(
     tmp_path: Path, clock: Any
 ) -> None:

@@ -21,7 +21,7 @@ from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workloa
 from autotune.policy import best_group, best_in_group
 from autotune.results import RECORD, RunError, open_storage, read_records
 from autotune.space import Space, read_space
-from autotune.study import Search, Studies, complete
+from autotune.study import Search, Studies, complete, importances
 
 CONTEXTS = (64, 256)
 BUDGET = Budget(1000 * MIB)
@@ -452,3 +452,38 @@ def test_the_winner_is_not_completed_past_the_deadline_or_where_the_plan_exclude
     complete(winner_at_64(tmp_path, late, [best], deadline=time.monotonic() - 1), best.load_group)
     complete(winner_at_64(tmp_path, large, [best], fits=lambda c, context: "too large"), best.load_group)
     assert late.calls == large.calls == []
+
+
+CACHES = space_of(cache=("dynamic", "static", "quantized-4"), launch=("eager", "graph")).choices
+WIDE = Space({"attention": ("sdpa", "split_kv")} | {knob: CACHES[knob] for knob in CACHES if knob != "attention"})
+
+
+def told(folder: Path, configurations: list[Configuration], remembered: bool = False) -> None:
+    """Trials at 64 tokens as a search leaves them, a graph fastest; those told from memory hold no record."""
+    studies = studies_in(folder, contexts=(64,))
+    for number, configuration in enumerate(configurations):
+        trial = studies.ask(64, WIDE.parameters(configuration))
+        assert WIDE.suggest(trial) == configuration
+        speed = (60 if configuration.launch == "graph" else 30) + number / 100
+        record = synthetic_record(configuration, 64, (speed,) * 3)
+        if not remembered:
+            trial.set_user_attr(RECORD, json.dumps(record.to_json()))
+        studies.tell(64, trial, record, Workload(contexts=(64,)), BUDGET)
+
+
+def test_the_knob_that_makes_it_fast_is_the_most_important(tmp_path: Path) -> None:
+    told(tmp_path, list(WIDE.configurations()) * 2)
+    shares = importances(url(tmp_path), "run", (64, 256))
+    assert list(shares) == [64]
+    assert next(iter(shares[64])) == "launch"
+    assert set(shares[64]) == {"attention", "cache", "launch"}  # and no "cache of 2"
+    assert sum(shares[64].values()) == pytest.approx(1)
+    assert list(shares[64].values()) == sorted(shares[64].values(), reverse=True)
+
+
+@pytest.mark.parametrize(("measured", "enough"), [(9, False), (10, True)])
+def test_importances_take_ten_trials_that_were_measured(tmp_path: Path, measured: int, enough: bool) -> None:
+    configurations = list(WIDE.configurations()) * 2
+    told(tmp_path, configurations[:measured])
+    told(tmp_path, configurations[:8], remembered=True)
+    assert bool(importances(url(tmp_path), "run", (64,))) == enough
