@@ -34,6 +34,7 @@ _FIGURES = (  # name, field of a record, unit, scale
     ("KL divergence", "kl_divergence", "", 1),
     ("top-1 agreement", "top1_agreement", "%", 100),
 )
+_TASK_FIGURES = (("task exact match", "task_exact_match", "%", 100), ("task F1", "task_f1", "%", 100))
 _INK, _FAINT, _GRID, _CHOSEN, _FAILED = "#1f2933", "#9aa5b1", "#e4e7eb", "#c2410c", "#8a4b3c"
 # Lightness falls steadily, so that it reads without colour as well.
 _FOOTPRINT = [[0, "#b8e0d2"], [0.35, "#52a9b5"], [0.7, "#2a6496"], [1, "#241a54"]]
@@ -144,6 +145,8 @@ class _View:
         stock = self.policy.get("baseline") or ()
         self._settle(stock)
         self.records = list(self.measured.values())
+        asked = any(record.task_f1 is not None for record in self.records)
+        self.figures = _FIGURES + (_TASK_FIGURES if asked else ())
         self.baselines = {entry["context_tokens"]: _configuration(entry["load"], entry["settings"]) for entry in stock}
         self.baseline = self._find_baseline()
         self.contexts = sorted({*run.workload.contexts, *(record.context_tokens for record in self.records)})
@@ -416,7 +419,7 @@ def _figure(figure: Any, height: int, name: str, bottom: int) -> _Html:
 
 def _hover(view: _View, record: Record) -> str:
     ratio = "" if record.perplexity_ratio is None else f", perplexity ratio {record.perplexity_ratio:.4f}"
-    figures = [f"{name} {_number(getattr(record, key), unit, scale)}" for name, key, unit, scale in _FIGURES]
+    figures = [f"{name} {_number(getattr(record, key), unit, scale)}" for name, key, unit, scale in view.figures]
     lines = [
         f"{_words(record.outcome)}, {_number(view.rate(record))} {view.unit}, {record.context_tokens:,} tokens",
         f"quality loss {_number(_loss(record), '%', error=_loss_error(record))}{ratio}",
@@ -689,7 +692,7 @@ def _place(record: Record, with_reason: bool) -> str:
 def _measurement_table(view: _View) -> _Html:
     ordered = sorted(view.run.records, key=lambda record: (record.context_tokens, -view.speed(record)))
     heads = ["#context", "outcome", "~settings, against the baseline", f"#{view.unit}", "#quality loss, %"]
-    heads += [f"#{name}{unit and f', {unit}'}" for name, _, unit, _ in _FIGURES]
+    heads += [f"#{name}{unit and f', {unit}'}" for name, _, unit, _ in view.figures]
     table = _table([*heads, "#took, s", "stage"], [_measurement(view, record) for record in ordered], "scroll all")
     return _fold(
         f"{len(ordered)} measurements",
@@ -698,7 +701,8 @@ def _measurement_table(view: _View) -> _Html:
 
 
 def _measurement(view: _View, record: Record) -> list[object]:
-    rate, loss, figures = view.rate(record), _loss(record), [(getattr(record, k), scale) for _, k, _, scale in _FIGURES]
+    rate, loss = view.rate(record), _loss(record)
+    figures = [(getattr(record, key), scale) for _, key, _, scale in view.figures]
     return [
         (f"{record.context_tokens:,}", record.context_tokens),
         _outcome(record.outcome),

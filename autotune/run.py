@@ -264,7 +264,8 @@ def _revision(folder: Path) -> str | None:
 def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watch) -> tuple[dict[str, Any], Space]:
     """Look at the machine, cut the text, score the reference; done once per run folder."""
     inputs = input_files(request.out, request.workload)
-    if "environment" not in info or not all(Path(p).exists() for p in (inputs.tokens, *inputs.references.values())):
+    files = [inputs.tokens, *inputs.references.values(), *([inputs.task] if inputs.task else [])]
+    if "environment" not in info or not all(Path(file).exists() for file in files):
         worker = trials.uncapped()
         try:
             info["environment"] = worker.request("environment", 120)
@@ -300,6 +301,8 @@ def _score_reference(worker: WorkerProcess, model: Path, weights: str, inputs: I
     how = worker.request("load_reference", 1800, model=str(model), weights=weights)["how"]
     for length, path in inputs.references.items():
         worker.request("reference", 1800, inputs=inputs.tokens, context=length, path=path)
+    if inputs.task:
+        worker.request("reference_task", 1800, path=inputs.task)
     return {"how": how, "took_s": round(time.monotonic() - began, 3)}
 
 
@@ -316,7 +319,7 @@ def _between(low: int, high: int) -> list[int]:
 def input_files(folder: Path, workload: Workload) -> Inputs:
     """Where `prepare_inputs` writes."""
     references = {context: str(folder / f"reference-{context}.npy") for context in workload.contexts}
-    return Inputs(str(folder / "inputs.npz"), references)
+    return Inputs(str(folder / "inputs.npz"), references, str(folder / "task.json") if workload.task else None)
 
 
 def prepare_inputs(
@@ -337,6 +340,9 @@ def prepare_inputs(
         windows=_WINDOWS[shape.vocab_size > 32768],
         path=inputs.tokens,
     )
+    if inputs.task:
+        room = min(workload.contexts) + workload.new_tokens
+        cut |= worker.request("task", 300, model=str(model), task=workload.task, room=room, path=inputs.task)
     weights = "checkpoint" if shape.prequantized else environment["full_precision"]
     return {"text": cut, "reference": {"weights": weights, **_score_reference(worker, model, weights, inputs)}}
 

@@ -46,7 +46,7 @@ class Worker:
         import transformers
 
         from .engine import decode  # noqa: F401
-        from .measure import machine, memory, quality, throughput  # noqa: F401
+        from .measure import machine, memory, quality, task, throughput  # noqa: F401
 
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -82,6 +82,12 @@ class Worker:
         from .measure.inputs import prepare
 
         self.phase("reading the text")
+        return prepare(**request)
+
+    def task(self, **request: Any) -> dict[str, Any]:
+        from .measure.task import prepare
+
+        self.phase("reading the task")
         return prepare(**request)
 
     def load(self, model: str, group: dict[str, str]) -> dict[str, Any]:
@@ -155,6 +161,47 @@ class Worker:
         np.save(path, kept.numpy())
         return {"dtype": str(rows.dtype)}
 
+    def reference_task(self, path: str) -> dict[str, Any]:
+        """Answer the task's questions with what is loaded and keep the scores beside them."""
+        from .config import Configuration
+
+        self.phase("answering the task with the reference")
+        task = json.loads(Path(path).read_text())
+        task["reference"] = self._scores(Configuration(), task)
+        Path(path).write_text(json.dumps(task))
+        return {}
+
+    def _scores(self, configuration: Any, task: dict[str, Any]) -> list[tuple[float, float]]:
+        """How good each answer is. Plain decoding answers: speculation and launch change no text (promise 3)."""
+        from transformers import AutoTokenizer
+
+        from .measure.task import score
+
+        # of this process, and so of the footprint: a deployment has one as well
+        tokenizer = AutoTokenizer.from_pretrained(task["model"], local_files_only=True)
+        plain = configuration.replace(draft="none", depth=0, launch="eager")
+        pairs = zip(task["questions"], task["answers"], strict=True)
+        return [score(self._answer(tokenizer, question, plain), expected) for question, expected in pairs]
+
+    def _answer(self, tokenizer: Any, question: list[int], configuration: Any) -> str:
+        """The first line of the greedy continuation."""
+        from .measure.task import ANSWER
+
+        tokens: list[int] = []
+
+        def text() -> str:
+            return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+        self.engine.generate(
+            question,
+            configuration,
+            ANSWER,
+            stop=self.engine.stop_tokens,
+            on_tokens=tokens.extend,
+            ended=lambda: "\n" in text(),
+        )
+        return text().partition("\n")[0]
+
     def _score(self, prompt: list[int], continuation: list[int], configuration: Any) -> Any:
         from .measure.quality import STEP
 
@@ -176,11 +223,13 @@ class Worker:
         min_rounds: int,
         limit_s: float,
         bar: float | None,
+        task: str | None = None,
     ) -> dict[str, Any]:
         """Everything that a record holds and this side can see."""
         from .config import Configuration
         from .measure.inputs import prompts_of
         from .measure.machine import state, waiting
+        from .measure.task import figures as task_figures
         from .measure.throughput import measure_throughput, summarize
 
         began = time.perf_counter()
@@ -212,6 +261,10 @@ class Worker:
         if reference is not None:
             self.phase("measuring quality")
             figures |= self._quality(chosen, inputs, context, reference)
+        if task is not None:
+            self.phase("answering the task")
+            asked = json.loads(Path(task).read_text())
+            figures |= task_figures(self._scores(chosen, asked), asked["reference"])
         figures |= {"base_bytes": self.meter.base_bytes, "load_s": self.load_s, "samples": samples}
         figures["measure_s"] = time.perf_counter() - began
         return {**figures, "wrong_output": wrong}

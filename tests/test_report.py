@@ -349,6 +349,15 @@ def test_a_finalist_measured_again_replaces_its_first_measurement(page: Callable
     assert "1.5x the baseline" in page(replace(run, records=[run.records[0], again, early])).words
 
 
+def test_a_tasks_figures_are_in_the_table_where_there_is_a_task(page: Callable[[RunData], _Page]) -> None:
+    run = one_context(20, 42)
+    assert "task F1" not in page(run).words
+    asked = [replace(record, task_f1=0.625, task_exact_match=0.5) for record in run.records]
+    words = page(replace(run, records=asked)).words
+    assert "task exact match, % task F1, %" in words
+    assert "50.0 62.5" in words
+
+
 def test_the_same_results_give_the_same_page(page: Callable[[RunData], _Page]) -> None:
     assert page(synthetic_run(count=6)).source == page(synthetic_run(count=6)).source
 
