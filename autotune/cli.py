@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .config import OBJECTIVES, TASK_QUESTIONS, Budget, Workload, mib, parse_bytes, parse_tokens
+from .config import OBJECTIVES, TASK_QUESTIONS, Budget, Workload, mib, parse_bytes, parse_tokens, within_noise
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -525,13 +525,15 @@ def _print_policy(policy: Policy, console: Any) -> None:
     for column in ("up to", "settings", "tokens/s", "baseline", "times", "peak of budget", "quality loss"):
         table.add_column(column, justify="left" if column == "settings" else "right")
     stock = {entry.context_tokens: entry for entry in policy.baseline}
-    asked = policy.workload["contexts"]
+    asked, floor = policy.workload["contexts"], policy.workload.get("noise_floor", {})
     for rule in policy.rules:
         expected, base = rule.expected, stock.get(rule.max_context_tokens)
         rate = f"{expected.tokens_per_s:.1f}"
         if expected.tokens_per_s_interval is not None:
             rate += " ({:.1f}-{:.1f})".format(*expected.tokens_per_s_interval)
         loss = f"{expected.perplexity_ratio - 1:+.2%}" if expected.perplexity_ratio is not None else "not measured"
+        if expected.perplexity_ratio is not None and within_noise(expected.perplexity_ratio, floor):
+            loss = "within noise"
         text = settings_text(rule.settings) + (f"; loads {load_text(rule.load)}" if rule.load else "")
         stocks = "does not fit" if rule.max_context_tokens in asked else "-"
         table.add_row(

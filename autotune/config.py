@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -253,6 +254,11 @@ def overall(samples: list[dict[str, Any]], name: str) -> float:
             return float((tokens - len(samples)) / decode) if decode else 0.0
         case _:
             return float(ttft / len(samples))
+
+
+def within_noise(perplexity_ratio: float, floor: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether the unquantized model differs as much from itself: `floor` is run.json's, by the context's length."""
+    return any(abs(math.log(perplexity_ratio)) <= measured["ln_ratio"] for measured in floor.values())
 
 
 _BYTE_UNITS = {

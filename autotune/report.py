@@ -18,7 +18,18 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from autotune.config import MIB, OUTCOMES, Budget, Configuration, LoadGroup, Objective, Record, Workload, mib
+from autotune.config import (
+    MIB,
+    OUTCOMES,
+    Budget,
+    Configuration,
+    LoadGroup,
+    Objective,
+    Record,
+    Workload,
+    mib,
+    within_noise,
+)
 
 _KNOBS = tuple(f.name for f in fields(Configuration))
 _LOAD_KNOBS = tuple(f.name for f in fields(LoadGroup))
@@ -163,6 +174,13 @@ class _View:
     def interval(self, record: Record) -> tuple[float, float] | None:
         interval: tuple[float, float] | None = getattr(record, self._interval)
         return (1 / interval[1], 1 / interval[0]) if interval and self._figure == "ttft_s" else interval
+
+    def loss(self, record: Record, unit: str = "", error: bool = True) -> str:
+        """Quality loss in %, or that the reference differs as much from itself."""
+        floor = (self.run.info.get("reference") or {}).get("noise_floor", {})
+        if record.perplexity_ratio is not None and within_noise(record.perplexity_ratio, floor):
+            return "within noise"
+        return _number(_loss(record), unit, error=_loss_error(record) if error else None)
 
     def name(self, configuration: Configuration) -> str:
         return "baseline" if configuration == self.baseline else describe(configuration, self.baseline)
@@ -321,8 +339,7 @@ def _headline(view: _View) -> str:
     record = answer.chosen
     said = [f"At {answer.context:,} tokens: {_comparison(answer)}", f"{_number(view.rate(record))} {view.unit}"]
     said += [] if record.peak_bytes is None else [f"{record.peak_bytes / MIB:,.0f} of {view.budget:,.0f} MiB"]
-    loss = _number(_loss(record), "%", error=_loss_error(record))
-    said += [] if record.perplexity_ratio is None else [f"quality loss {loss}"]
+    said += [] if record.perplexity_ratio is None else [f"quality loss {view.loss(record, '%')}"]
     gains = [a.speedup for a in chosen if a.speedup]
     over = f" Over all contexts: {min(gains):.1f}x to {max(gains):.1f}x." if len(gains) > 1 and max(gains) > 1 else ""
     alone = [f"{a.context:,}" for a in chosen if a.baseline and a.baseline.outcome != "ok" and a is not answer]
@@ -373,7 +390,7 @@ def _answer_row(view: _View, answer: _Answer, shared: Sequence[str]) -> list[obj
         against,
         _number(record.ttft_s, "ms", 1000),
         _meter(view, record),
-        _number(_loss(record), "%", error=_loss_error(record)),
+        view.loss(record, "%"),
         _number(record.acceptance, "%", 100),
     ]
 
@@ -422,7 +439,7 @@ def _hover(view: _View, record: Record) -> str:
     figures = [f"{name} {_number(getattr(record, key), unit, scale)}" for name, key, unit, scale in view.figures]
     lines = [
         f"{_words(record.outcome)}, {_number(view.rate(record))} {view.unit}, {record.context_tokens:,} tokens",
-        f"quality loss {_number(_loss(record), '%', error=_loss_error(record))}{ratio}",
+        f"quality loss {view.loss(record, '%')}{ratio}",
         ", ".join(figures[:3]),
         ", ".join(figures[3:]),
         *textwrap.wrap(" ".join(_settings(record.configuration)), 76),
@@ -546,7 +563,7 @@ class _Pareto:
             x, y = self.view.speed(record), self.y(record)
             side = (x - self.left) / (self.right - self.left)
             anchor = "left" if side < 0.35 else "right" if side > 0.65 else "center"
-            loss = "" if _loss(record) is None else f", loss {_number(_loss(record), '%')}"
+            loss = "" if _loss(record) is None else f", loss {self.view.loss(record, '%', error=False)}"
             text = f"<b>{name}</b> {_number(x)} {self.view.unit}{loss}"
             tail = {
                 "ax": x,
@@ -708,7 +725,7 @@ def _measurement(view: _View, record: Record) -> list[object]:
         _outcome(record.outcome),
         _tag("code", view.name(record.configuration)),
         (_number(rate), rate),
-        (_number(loss, error=_loss_error(record)), loss),
+        (view.loss(record), loss),
         *((_number(value, scale=scale), value) for value, scale in figures),
         (_number(record.measure_s), record.measure_s),
         record.stage,

@@ -277,6 +277,7 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
             info["failed"] = worker.request("probe", 900, words={k: list(dict.fromkeys(v)) for k, v in words.items()})
             text = text_file(request.workload, request.out)
             info |= prepare_inputs(worker, request.model, request.workload, text, request.out, info["environment"])
+            info["reference"] |= _noise_floor(worker, inputs)
         except WorkerFailed as failure:
             raise RunError(f"preparing the run failed ({failure.outcome}): {failure.reason}") from None
         finally:
@@ -304,6 +305,17 @@ def _score_reference(worker: WorkerProcess, model: Path, weights: str, inputs: I
     if inputs.task:
         worker.request("reference_task", 1800, path=inputs.task)
     return {"how": how, "took_s": round(time.monotonic() - began, 3)}
+
+
+def _noise_floor(worker: WorkerProcess, inputs: Inputs) -> dict[str, Any]:
+    """By context, what the reference that is loaded loses against itself: at the shortest one, for it costs least.
+
+    It is taken for that of the longer ones too.
+    """
+    shortest = min(inputs.references)
+    path = inputs.references[shortest]
+    found = worker.request("noise", 1800, inputs=inputs.tokens, context=shortest, reference=path)
+    return {"noise_floor": {str(shortest): found} if found else {}}
 
 
 def _lengths(contexts: Iterable[int]) -> list[int]:
@@ -639,7 +651,12 @@ def conclude(
         model=run.info["identity"]["model"],
         drafts=run.info["identity"]["drafts"],
         environment=run.info.get("environment", {}),
-        workload_info={**run.info["workload"], **run.info.get("text", {}), "space": run.info["space"]},
+        workload_info={
+            **run.info["workload"],
+            **run.info.get("text", {}),
+            **{key: found for key, found in run.info.get("reference", {}).items() if key == "noise_floor"},
+            "space": run.info["space"],
+        },
         reloads=run.info.get("reloads", False),
     )
     if policy is not None:

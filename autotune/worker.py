@@ -9,6 +9,7 @@ our own code raises without meaning to is a bug: its traceback is sent, and the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -160,6 +161,34 @@ class Worker:
         kept = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows.float()
         np.save(path, kept.numpy())
         return {"dtype": str(rows.dtype)}
+
+    def noise(self, inputs: str, context: int, reference: str) -> dict[str, float]:
+        """What the reference loses against itself in eager attention, which computes the same in another order.
+
+        `ln_ratio` is |ln(perplexity ratio)| at the farther end of its 95 % interval, because the mean of what has no
+        sign may be near 0 by chance. Nothing where the model cannot change its attention, or has no room for this one.
+        """
+        from .config import Configuration
+        from .measure.memory import out_of_memory
+
+        self.phase(f"measuring the noise floor at {context} tokens")
+        target = self.engine.target
+        own = target.config._attn_implementation
+        target.set_attn_implementation("eager")
+        try:
+            if target.config._attn_implementation == own:
+                return {}
+            # in chunks, for eager attention holds a number for every pair of tokens
+            figures = self._quality(Configuration(prefill_chunk=512), inputs, context, reference)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return {}
+        finally:
+            target.set_attn_implementation(own)
+        farther = max(abs(math.log(end)) for end in figures["perplexity_ratio_interval"])
+        found = {"ln_ratio": farther, "kl_divergence": figures["kl_divergence"]}
+        return found if math.isfinite(farther) else {}
 
     def reference_task(self, path: str) -> dict[str, Any]:
         """Answer the task's questions with what is loaded and keep the scores beside them."""

@@ -184,6 +184,9 @@ def test_a_run_writes_every_file_of_the_contract(finished: tuple[Path, str]) -> 
     assert info["workload"]["contexts"] == [64, 128]
     assert info["environment"]["versions"]["torch"]
     assert len(info["text"]["text_sha256"]) == 64
+    assert list(info["reference"]["noise_floor"]) == ["64"]
+    assert 0 < info["reference"]["noise_floor"]["64"]["ln_ratio"] < 0.05
+    assert read_policy(folder / "run" / "policy.json").workload["noise_floor"] == info["reference"]["noise_floor"]
     table = rows(folder)
     assert set(table["outcome"]) == {"ok"}
     assert (table["peak_bytes"].astype(float) <= 2e9).all()
