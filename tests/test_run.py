@@ -354,6 +354,7 @@ class Looked:
             "space": "mine",
         }
         info |= {"reference": {"weights": "bf16", "took_s": 5.0}, "study": request.study, "storage": None}
+        info |= {"text": {"tokens_sha256": "t"}, "environment": {"device": "d", "versions": {}}}
         info |= {"workload": dataclasses.asdict(workload), "budget": dataclasses.asdict(request.budget)}
         studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
         self.search = Search(space, workload, request.budget, studies, formula.measure, fits, 0.0)
@@ -380,8 +381,9 @@ class Looked:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Formula], Formula]:
-    """Time passes as the formula measures, and not otherwise."""
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Formula], Formula]:
+    """Time passes as the formula measures, and not otherwise; no reference was scored before."""
+    monkeypatch.setenv("AUTOTUNE_CACHE", str(tmp_path / "references"))
 
     def of(formula: Formula) -> Formula:
         monkeypatch.setattr("time.monotonic", lambda: formula.now)
