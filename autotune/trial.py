@@ -91,7 +91,8 @@ class Witness(threading.Thread):
     def run(self) -> None:
         while not self._done.wait(SAMPLE_S):
             try:
-                self.peak = max(self.peak, self._read())
+                seen = self._read()  # first: `begin` may come meanwhile, and what it forgets must not come back
+                self.peak = max(self.peak, seen)
             except (FileNotFoundError, ProcessLookupError):
                 return
             self.samples += 1

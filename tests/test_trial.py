@@ -254,6 +254,20 @@ def test_the_witness_outside_sees_what_the_worker_does_not_say(trials: Trials, p
     assert trials.measure(BF16, 64).outcome == "ok"
 
 
+def test_a_peak_is_forgotten_by_a_new_beginning_that_falls_into_a_sample() -> None:
+    witness = trial.Witness(os.getpid(), None)
+    witness.peak = 600
+
+    def read() -> int:
+        witness.begin()
+        witness.stop()
+        return 5
+
+    witness._read = read
+    witness.run()
+    assert witness.peak == 5
+
+
 def test_a_peak_while_loading_counts_for_every_measurement_of_the_group(trials: Trials, plant: Plant) -> None:
     plant("hold", at="load", bytes=600 * MIB)
     assert trials.measure(BF16, 64).outcome == "over_budget"
