@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .config import OBJECTIVES, Budget, Workload, mib, parse_bytes, parse_tokens
+from .config import OBJECTIVES, TASK_QUESTIONS, Budget, Workload, mib, parse_bytes, parse_tokens, within_noise
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -125,6 +125,19 @@ def _inputs(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text that quality is measured on."),
         click.option("--prompts", type=click.Path(path_type=Path), help='JSON Lines file with a "prompt" a line.'),
         click.option("--max-quality-loss", type=_Share(), default="5%", show_default=True, help="In perplexity."),
+        click.option(
+            "--task",
+            type=click.Path(path_type=Path),
+            help='JSON Lines file with a "question", which is the prompt as it stands, and an "answer" a line, which '
+            f"greedy answers are compared with, up to a line break; the first {TASK_QUESTIONS} are asked.",
+        ),
+        click.option(
+            "--max-task-loss",
+            type=_Share(),
+            default="5%",
+            show_default=True,
+            help="Of --task: points of F1 below the unquantized model's own answers. Within error is no loss.",
+        ),
         click.option("--objective", type=click.Choice(OBJECTIVES), default="end-to-end", show_default=True),
         click.option("--trials", type=click.IntRange(min=1), help="Stop after this many measurements."),
         click.option("--timeout", type=_Duration(), default="12m", show_default=True, help="Time for the whole run."),
@@ -382,7 +395,10 @@ def _request(options: dict[str, Any]) -> Request:
         _check_text(text)
     prompts = options["prompts"]
     if prompts is not None:
-        _check_prompts(prompts)
+        _check_lines("--prompts", prompts, "prompt")
+    task = options["task"]
+    if task is not None:
+        _check_lines("--task", task, "question", "answer")
     mix = options["mix"] or {}
     contexts = options["contexts"] or tuple(mix) or Workload.contexts
     if mix and tuple(mix) != contexts:
@@ -397,6 +413,8 @@ def _request(options: dict[str, Any]) -> Request:
         max_quality_loss=options["max_quality_loss"],
         text=str(text) if text else None,
         prompts=str(prompts) if prompts else None,
+        task=str(task) if task else None,
+        max_task_loss=options["max_task_loss"],
     )
     try:
         space = read_space(options["space"])
@@ -480,20 +498,21 @@ def _check_text(path: Path) -> None:
         raise click.UsageError(f"--text {path} is {'empty' if not text.strip() else 'binary'}; give a plain text file")
 
 
-def _check_prompts(path: Path) -> None:
+def _check_lines(flag: str, path: Path, *keys: str) -> None:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"--prompts {path} cannot be read: {error}") from None
+        raise click.UsageError(f"{flag} {path} cannot be read: {error}") from None
+    form = ", ".join(f'"{key}": "text"' for key in keys)
     for number, line in enumerate(lines, 1):
         try:
-            prompt = json.loads(line)["prompt"]
+            texts = [json.loads(line)[key] for key in keys]
         except (ValueError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str) or not prompt:
-            raise click.UsageError(f'--prompts {path}, line {number}: write {{"prompt": "text"}}, one object a line')
+            texts = [None]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise click.UsageError(f"{flag} {path}, line {number}: write {{{form}}}, one object a line")
     if not lines:
-        raise click.UsageError(f"--prompts {path} is empty")
+        raise click.UsageError(f"{flag} {path} is empty")
 
 
 def _print_policy(policy: Policy, console: Any) -> None:
@@ -506,13 +525,15 @@ def _print_policy(policy: Policy, console: Any) -> None:
     for column in ("up to", "settings", "tokens/s", "baseline", "times", "peak of budget", "quality loss"):
         table.add_column(column, justify="left" if column == "settings" else "right")
     stock = {entry.context_tokens: entry for entry in policy.baseline}
-    asked = policy.workload["contexts"]
+    asked, floor = policy.workload["contexts"], policy.workload.get("noise_floor", {})
     for rule in policy.rules:
         expected, base = rule.expected, stock.get(rule.max_context_tokens)
         rate = f"{expected.tokens_per_s:.1f}"
         if expected.tokens_per_s_interval is not None:
             rate += " ({:.1f}-{:.1f})".format(*expected.tokens_per_s_interval)
         loss = f"{expected.perplexity_ratio - 1:+.2%}" if expected.perplexity_ratio is not None else "not measured"
+        if expected.perplexity_ratio is not None and within_noise(expected.perplexity_ratio, floor):
+            loss = "within noise"
         text = settings_text(rule.settings) + (f"; loads {load_text(rule.load)}" if rule.load else "")
         stocks = "does not fit" if rule.max_context_tokens in asked else "-"
         table.add_row(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -43,6 +44,7 @@ ATTENTIONS = ("eager", "sdpa", "split_kv", "flash_attention_2", "flash_attention
 LAUNCHES = ("eager", "graph", "compile")
 
 MIB = 2**20
+TASK_QUESTIONS = 32  # of a task, the first so many are asked
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,10 @@ class Workload:
     new_tokens: int = 128
     objective: Objective = "end-to-end"
     max_quality_loss: float = 0.05
+    max_task_loss: float = 0.05  # points of F1 below the reference's answers
     text: str | None = None  # file of evaluation text; None is the held-out text of the bundled pair
     prompts: str | None = None  # JSON Lines file with a "prompt" string a line; None cuts them from the text
+    task: str | None = None  # JSON Lines file with a "question" and an "answer" string a line
 
     def __post_init__(self) -> None:
         """JSON has lists only."""
@@ -160,7 +164,8 @@ class Record:
     Rates are tokens per second with a 95 % interval of the median over `samples`; bytes are peaks over load and
     measurement. `samples` holds one entry per timed generation: `prompt`, `new_tokens`, `ttft_s`, `decode_s`,
     `token_s` (seconds of each decode step), `tokens_per_step`, `proposed`, `accepted`. `memory` splits the footprint
-    by owner, in bytes. `quality` holds per-window log-probabilities' summaries and intervals.
+    by owner, in bytes. `quality` holds per-window log-probabilities' summaries and intervals. The task's figures are
+    those of `measure.task.figures`.
     """
 
     configuration: Configuration
@@ -189,6 +194,12 @@ class Record:
     kl_divergence_p99: float | None = None
     top1_agreement: float | None = None
     quality: dict[str, Any] = field(default_factory=dict)
+    task_exact_match: float | None = None
+    task_exact_match_interval: tuple[float, float] | None = None
+    task_f1: float | None = None
+    task_f1_interval: tuple[float, float] | None = None
+    task_loss: float | None = None  # points of F1 below the reference's own answers
+    task_loss_interval: tuple[float, float] | None = None
     load_s: float | None = None
     measure_s: float | None = None
     stage: str = "search"  # "baseline", "search", "final" (measured again) or "boundary" (between contexts)
@@ -196,11 +207,9 @@ class Record:
     machine: dict[str, Any] = field(default_factory=dict)  # clocks, temperature and load while it was measured
 
     def __post_init__(self) -> None:
-        for name in ("tokens_per_s_interval", "decode_tokens_per_s_interval", "ttft_s_interval"):
+        for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_interval")):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if value is not None else None)
-        if self.perplexity_ratio_interval is not None:
-            object.__setattr__(self, "perplexity_ratio_interval", tuple(self.perplexity_ratio_interval))
         object.__setattr__(self, "samples", tuple(self.samples))
 
     def rate(self, objective: Objective) -> float:
@@ -245,6 +254,11 @@ def overall(samples: list[dict[str, Any]], name: str) -> float:
             return float((tokens - len(samples)) / decode) if decode else 0.0
         case _:
             return float(ttft / len(samples))
+
+
+def within_noise(perplexity_ratio: float, floor: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether the unquantized model differs as much from itself: `floor` is run.json's, by the context's length."""
+    return any(abs(math.log(perplexity_ratio)) <= measured["ln_ratio"] for measured in floor.values())
 
 
 _BYTE_UNITS = {

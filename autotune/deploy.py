@@ -271,7 +271,7 @@ class LLM:
             text.add([], last=True)
             peak = max(self._meter.peaks()["peak_bytes"] or 0, self._load_peak)
             reason: FinishReason = "closed"
-            if text.stopped or (generation.tokens and generation.tokens[-1] in self._stop_tokens()):
+            if text.stopped or (generation.tokens and generation.tokens[-1] in self._engine.stop_tokens):
                 reason = "stop"
             elif len(generation.tokens) == new_tokens:
                 reason = "length"
@@ -295,7 +295,7 @@ class LLM:
                     configuration,
                     new_tokens,
                     sampling=sampling,
-                    stop=self._stop_tokens(),
+                    stop=self._engine.stop_tokens,
                     on_tokens=text.add,
                     ended=text.ended,
                     keep=keep,
@@ -313,10 +313,6 @@ class LLM:
         raise OutOfMemory(
             f"a prompt of {len(tokens)} tokens did not fit the budget of {mib(self.policy.budget_bytes)}: {reason}"
         )
-
-    def _stop_tokens(self) -> set[int]:
-        stop = self._engine.target.generation_config.eos_token_id
-        return set(stop) if isinstance(stop, list) else {stop} if stop is not None else set()
 
 
 def deploy(policy: str | Path | Policy, device: str | None = None) -> LLM:

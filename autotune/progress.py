@@ -66,6 +66,8 @@ class Display:
         figures = f"{record.rate(self.objective):.1f} {UNITS[self.objective]}, {mib(record.peak_bytes or 0)}"
         if record.perplexity_ratio is not None:
             figures += f", perplexity {record.perplexity_ratio - 1:+.2%}"
+        if record.task_f1 is not None:
+            figures += f", task F1 {record.task_f1:.0%}"
         return figures if record.outcome == "ok" else f"{record.outcome}: {record.reason} ({figures})"
 
     def _line(self, text: str) -> None:

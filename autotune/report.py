@@ -20,7 +20,6 @@ from typing import Any
 from autotune.config import MIB, OUTCOMES, Configuration, Record, mib
 from autotune.report_figures import context_figure, memory_section, pareto_section
 from autotune.report_view import (
-    FIGURES,
     KNOBS,
     LOAD_KNOBS,
     Answer,
@@ -32,7 +31,6 @@ from autotune.report_view import (
     knob_texts,
     number,
     quality_loss,
-    quality_loss_error,
     tag,
     words,
 )
@@ -83,8 +81,7 @@ def _headline(view: View) -> str:
     record = answer.chosen
     said = [f"At {answer.context:,} tokens: {_comparison(answer)}", f"{number(view.rate(record))} {view.unit}"]
     said += [] if record.peak_bytes is None else [f"{record.peak_bytes / MIB:,.0f} of {view.budget:,.0f} MiB"]
-    loss = number(quality_loss(record), "%", error=quality_loss_error(record))
-    said += [] if record.perplexity_ratio is None else [f"quality loss {loss}"]
+    said += [] if record.perplexity_ratio is None else [f"quality loss {view.loss(record, '%')}"]
     gains = [a.speedup for a in chosen if a.speedup]
     over = f" Over all contexts: {min(gains):.1f}x to {max(gains):.1f}x." if len(gains) > 1 and max(gains) > 1 else ""
     alone = [f"{a.context:,}" for a in chosen if a.baseline and a.baseline.outcome != "ok" and a is not answer]
@@ -135,7 +132,7 @@ def _answer_row(view: View, answer: Answer, shared: Sequence[str]) -> list[objec
         against,
         number(record.ttft_s, "ms", 1000),
         _meter(view, record),
-        number(quality_loss(record), "%", error=quality_loss_error(record)),
+        view.loss(record, "%"),
         number(record.acceptance, "%", 100),
     ]
 
@@ -215,7 +212,7 @@ def _place(record: Record, with_reason: bool) -> str:
 def _measurement_table(view: View) -> Html:
     ordered = sorted(view.run.records, key=lambda record: (record.context_tokens, -view.speed(record)))
     heads = ["#context", "outcome", "~settings, against the baseline", f"#{view.unit}", "#quality loss, %"]
-    heads += [f"#{name}{unit and f', {unit}'}" for name, _, unit, _ in FIGURES]
+    heads += [f"#{name}{unit and f', {unit}'}" for name, _, unit, _ in view.figures]
     table = _table([*heads, "#took, s", "stage"], [_measurement(view, record) for record in ordered], "scroll all")
     return _fold(
         f"{len(ordered)} measurements",
@@ -227,14 +224,14 @@ def _measurement(view: View, record: Record) -> list[object]:
     rate, loss, figures = (
         view.rate(record),
         quality_loss(record),
-        [(getattr(record, k), scale) for _, k, _, scale in FIGURES],
+        [(getattr(record, k), scale) for _, k, _, scale in view.figures],
     )
     return [
         (f"{record.context_tokens:,}", record.context_tokens),
         _outcome(record.outcome),
         tag("code", view.name(record.configuration)),
         (number(rate), rate),
-        (number(loss, error=quality_loss_error(record)), loss),
+        (view.loss(record), loss),
         *((number(value, scale=scale), value) for value, scale in figures),
         (number(record.measure_s), record.measure_s),
         record.stage,

@@ -12,7 +12,6 @@ from typing import Any
 
 from autotune.config import MIB, OUTCOMES, Configuration, LoadGroup, Record
 from autotune.report_view import (
-    FIGURES,
     Answer,
     Html,
     View,
@@ -72,10 +71,10 @@ def _figure(figure: Any, height: int, name: str, bottom: int) -> Html:
 
 def _hover(view: View, record: Record) -> str:
     ratio = "" if record.perplexity_ratio is None else f", perplexity ratio {record.perplexity_ratio:.4f}"
-    figures = [f"{name} {number(getattr(record, key), unit, scale)}" for name, key, unit, scale in FIGURES]
+    figures = [f"{name} {number(getattr(record, key), unit, scale)}" for name, key, unit, scale in view.figures]
     lines = [
         f"{words(record.outcome)}, {number(view.rate(record))} {view.unit}, {record.context_tokens:,} tokens",
-        f"quality loss {number(quality_loss(record), '%', error=quality_loss_error(record))}{ratio}",
+        f"quality loss {view.loss(record, '%')}{ratio}",
         ", ".join(figures[:3]),
         ", ".join(figures[3:]),
         *textwrap.wrap(" ".join(knob_texts(record.configuration)), 76),
@@ -199,7 +198,7 @@ class _Pareto:
             x, y = self.view.speed(record), self.y(record)
             side = (x - self.left) / (self.right - self.left)
             anchor = "left" if side < 0.35 else "right" if side > 0.65 else "center"
-            loss = "" if quality_loss(record) is None else f", loss {number(quality_loss(record), '%')}"
+            loss = "" if quality_loss(record) is None else f", loss {self.view.loss(record, '%', error=False)}"
             text = f"<b>{name}</b> {number(x)} {self.view.unit}{loss}"
             tail = {
                 "ax": x,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from autotune.config import MIB, Budget, Configuration, LoadGroup, Objective, Record, Workload
+from autotune.config import MIB, Budget, Configuration, LoadGroup, Objective, Record, Workload, within_noise
 
 KNOBS = tuple(f.name for f in fields(Configuration))
 LOAD_KNOBS = tuple(f.name for f in fields(LoadGroup))
@@ -25,6 +25,7 @@ FIGURES = (  # name, field of a record, unit, scale
     ("KL divergence", "kl_divergence", "", 1),
     ("top-1 agreement", "top1_agreement", "%", 100),
 )
+_TASK_FIGURES = (("task exact match", "task_exact_match", "%", 100), ("task F1", "task_f1", "%", 100))
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class View:
         stock = self.policy.get("baseline") or ()
         self._settle(stock)
         self.records = list(self.measured.values())
+        asked = any(record.task_f1 is not None for record in self.records)
+        self.figures = FIGURES + (_TASK_FIGURES if asked else ())
         self.baselines = {entry["context_tokens"]: _configuration(entry["load"], entry["settings"]) for entry in stock}
         self.baseline = self._find_baseline()
         self.contexts = sorted({*run.workload.contexts, *(record.context_tokens for record in self.records)})
@@ -115,6 +118,13 @@ class View:
     def interval(self, record: Record) -> tuple[float, float] | None:
         interval: tuple[float, float] | None = getattr(record, self._interval)
         return (1 / interval[1], 1 / interval[0]) if interval and self._figure == "ttft_s" else interval
+
+    def loss(self, record: Record, unit: str = "", error: bool = True) -> str:
+        """Quality loss in %, or that the reference differs as much from itself."""
+        floor = (self.run.info.get("reference") or {}).get("noise_floor", {})
+        if record.perplexity_ratio is not None and within_noise(record.perplexity_ratio, floor):
+            return "within noise"
+        return number(quality_loss(record), unit, error=quality_loss_error(record) if error else None)
 
     def name(self, configuration: Configuration) -> str:
         return "baseline" if configuration == self.baseline else describe(configuration, self.baseline)

@@ -15,8 +15,6 @@ from autotune.report_view import (
     describe,
     join,
     number,
-    quality_loss,
-    quality_loss_error,
     tag,
     words,
 )
@@ -167,6 +165,6 @@ def _gain(view: View, answer: Answer, candidates: Sequence[Record]) -> list[obje
     if not faster:
         return ["Nothing that was measured."]
     record = max(faster, key=view.speed)
-    loss = number(quality_loss(record), "%", error=quality_loss_error(record))
+    loss = view.loss(record, "%")
     held = number(record.peak_bytes, "MiB", 1 / MIB)
     return [*_named(view, answer, record), f". It held {held}, quality loss {loss}."]

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import __version__
+from . import __version__, references
 from . import plan as planning
 from .config import Budget, Configuration, Record, Workload, mib
 from .policy import Policy, best_group, choose, make_policy, settle, speedup, write_policy
@@ -268,7 +268,8 @@ def _revision(folder: Path) -> str | None:
 def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watch) -> tuple[dict[str, Any], Space]:
     """Look at the machine, cut the text, score the reference; done once per run folder."""
     inputs = input_files(request.out, request.workload)
-    if "environment" not in info or not all(Path(p).exists() for p in (inputs.tokens, *inputs.references.values())):
+    files = [inputs.tokens, *inputs.references.values(), *([inputs.task] if inputs.task else [])]
+    if "environment" not in info or not all(Path(file).exists() for file in files):
         worker = trials.uncapped()
         try:
             info["environment"] = worker.request("environment", 120)
@@ -279,7 +280,9 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
             words["weights"] += [heads[w] for w in request.space.choices["lm_head"] if w in heads]
             info["failed"] = worker.request("probe", 900, words={k: list(dict.fromkeys(v)) for k, v in words.items()})
             text = text_file(request.workload, request.out)
-            info |= prepare_inputs(worker, request.model, request.workload, text, request.out, info["environment"])
+            info |= prepare_inputs(
+                worker, request.model, request.workload, text, request.out, info["environment"], info["identity"]
+            )
         except WorkerFailed as failure:
             raise RunError(f"preparing the run failed ({failure.outcome}): {failure.reason}") from None
         finally:
@@ -298,13 +301,56 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
     return info, space
 
 
-def _score_reference(worker: WorkerProcess, model: Path, weights: str, inputs: Inputs) -> dict[str, Any]:
-    """Keep the unquantized model's logits where `inputs` has them; returns how it was loaded and what it took."""
+def _score_reference(
+    worker: WorkerProcess,
+    model: Path,
+    weights: str,
+    inputs: Inputs,
+    facts: dict[str, Any] | None = None,
+    noise_at: int | None = None,
+) -> dict[str, Any]:
+    """Keep the unquantized model's logits where `inputs` has them; returns how it was loaded and what it took.
+
+    With the `facts` that decide them, logits that an earlier run scored are taken from the cache. At the context
+    `noise_at` the noise floor is measured as well, by context: it is taken for that of the others too.
+    """
     began = time.monotonic()
-    how = worker.request("load_reference", 1800, model=str(model), weights=weights)["how"]
-    for length, path in inputs.references.items():
-        worker.request("reference", 1800, inputs=inputs.tokens, context=length, path=path)
-    return {"how": how, "took_s": round(time.monotonic() - began, 3)}
+    told: dict[int, dict[str, Any]] = {}
+    names: dict[int, str] = {}
+    if facts is not None:
+        names = {at: references.name({**facts, "weights": weights, "context": at}) for at in inputs.references}
+    for length, name in names.items():
+        found = references.fetch(name, Path(inputs.references[length]))
+        if found is not None and (length != noise_at or "noise" in found):
+            worker.phase(f"the reference at {length} tokens was scored before")
+            told[length] = found
+    missing = [length for length in inputs.references if length not in told]
+    if missing or inputs.task:
+        how = worker.request("load_reference", 1800, model=str(model), weights=weights)["how"]
+    for length in missing:
+        where = {"inputs": inputs.tokens, "context": length}
+        path = inputs.references[length]
+        worker.request("reference", 1800, **where, path=path)
+        told[length] = {"how": how, "took_s": round(time.monotonic() - began, 3)}
+        if length == noise_at:
+            told[length]["noise"] = worker.request("noise", 1800, **where, reference=path)
+        if names:
+            references.keep(names[length], Path(path), told[length])
+    if inputs.task:
+        worker.request("reference_task", 1800, path=inputs.task)
+    longest = max(told.values(), key=lambda entry: float(entry["took_s"]))
+    floor = {str(length): entry["noise"] for length, entry in told.items() if length == noise_at and entry["noise"]}
+    took_s = max(longest["took_s"], round(time.monotonic() - began, 3))
+    return {"how": longest["how"], "took_s": took_s, **({} if noise_at is None else {"noise_floor": floor})}
+
+
+def _facts(identity: dict[str, Any], text: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    """What decides the reference's logits, beside its weights and the context: the rest rounds otherwise elsewhere."""
+    return {
+        "model": identity["model"]["weights_sha256"],
+        "text": [text["tokens_sha256"], text.get("windows")],
+        "machine": [environment["device"], environment["versions"]],
+    }
 
 
 def _lengths(contexts: Iterable[int]) -> list[int]:
@@ -320,15 +366,22 @@ def _between(low: int, high: int) -> list[int]:
 def input_files(folder: Path, workload: Workload) -> Inputs:
     """Where `prepare_inputs` writes."""
     references = {context: str(folder / f"reference-{context}.npy") for context in workload.contexts}
-    return Inputs(str(folder / "inputs.npz"), references)
+    return Inputs(str(folder / "inputs.npz"), references, str(folder / "task.json") if workload.task else None)
 
 
 def prepare_inputs(
-    worker: WorkerProcess, model: Path, workload: Workload, text: Path, folder: Path, environment: dict[str, Any]
+    worker: WorkerProcess,
+    model: Path,
+    workload: Workload,
+    text: Path,
+    folder: Path,
+    environment: dict[str, Any],
+    identity: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Cut the text and score it with the unquantized model, into files in `folder`: what every measurement rests on.
 
-    Returns what was cut (`text`) and how it was scored (`reference`). Raises WorkerFailed.
+    With a run's `identity`, scores of earlier runs are used again and the noise floor is measured. Returns what was cut
+    (`text`) and how it was scored (`reference`). Raises WorkerFailed.
     """
     shape, inputs = planning.read_shape(model), input_files(folder, workload)
     cut = worker.request(
@@ -341,8 +394,16 @@ def prepare_inputs(
         windows=_WINDOWS[shape.vocab_size > 32768],
         path=inputs.tokens,
     )
+    if inputs.task:
+        room = min(workload.contexts) + workload.new_tokens
+        cut |= worker.request("task", 300, model=str(model), task=workload.task, room=room, path=inputs.task)
     weights = "checkpoint" if shape.prequantized else environment["full_precision"]
-    return {"text": cut, "reference": {"weights": weights, **_score_reference(worker, model, weights, inputs)}}
+    if identity is None:
+        scored = _score_reference(worker, model, weights, inputs)
+    else:
+        facts = _facts(identity, cut, environment)
+        scored = _score_reference(worker, model, weights, inputs, facts, noise_at=min(workload.contexts))
+    return {"text": cut, "reference": {"weights": weights, **scored}}
 
 
 def text_file(workload: Workload, folder: Path) -> Path:
@@ -569,7 +630,8 @@ def _boundaries(
         trials.close()
         worker = trials.uncapped()
         try:
-            _score_reference(worker, request.model, info["reference"]["weights"], between)
+            facts = _facts(info["identity"], info["text"], info["environment"])
+            _score_reference(worker, request.model, info["reference"]["weights"], between, facts)
         except WorkerFailed as failure:
             watch.note(f"no boundary between contexts: the reference could not be scored there ({failure.reason})")
             return {}
@@ -649,7 +711,12 @@ def conclude(
         model=run.info["identity"]["model"],
         drafts=run.info["identity"]["drafts"],
         environment=run.info.get("environment", {}),
-        workload_info={**run.info["workload"], **run.info.get("text", {}), "space": run.info["space"]},
+        workload_info={
+            **run.info["workload"],
+            **run.info.get("text", {}),
+            **{key: found for key, found in run.info.get("reference", {}).items() if key == "noise_floor"},
+            "space": run.info["space"],
+        },
         reloads=run.info.get("reloads", False),
     )
     if policy is not None:

@@ -37,6 +37,7 @@ _QUALITY = tuple(
     for field in dataclasses.fields(Record)
     if field.name.startswith(("perplexity", "kl_", "top1_")) or field.name == "quality"
 )
+_TASK = tuple(field.name for field in dataclasses.fields(Record) if field.name.startswith("task_"))
 
 
 class OurBug(Exception):
@@ -90,7 +91,8 @@ class Witness(threading.Thread):
     def run(self) -> None:
         while not self._done.wait(SAMPLE_S):
             try:
-                self.peak = max(self.peak, self._read())
+                seen = self._read()  # first: `begin` may come meanwhile, and what it forgets must not come back
+                self.peak = max(self.peak, seen)
             except (FileNotFoundError, ProcessLookupError):
                 return
             self.samples += 1
@@ -211,10 +213,14 @@ class WorkerProcess:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Where a run's tokenized text and reference logits are. At a length without logits quality is not measured."""
+    """Where a run's tokenized text and reference logits are. At a length without logits quality is not measured.
+
+    `task` holds the questions with the reference's scores, where there is a task.
+    """
 
     tokens: str
     references: dict[int, str]
+    task: str | None = None
 
 
 class Trials:
@@ -229,9 +235,14 @@ class Trials:
         self._group: LoadGroup | None = None
         self._failed: dict[LoadGroup, WorkerFailed] = {}
         self._quality: dict[tuple[tuple[str, ...], int], dict[str, Any]] = {}
+        self._answered: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def learn(self, record: Record) -> None:
-        """The same text at the same context has the same quality: it is measured once."""
+        """The same text at the same context has the same quality: it is measured once. So are a task's answers,
+        which have nothing to do with the context."""
+        if record.task_loss is not None:
+            answered = {name: getattr(record, name) for name in _TASK}
+            self._answered.setdefault(record.configuration.quality_key, answered)
         if record.perplexity_ratio is not None:
             key = (record.configuration.quality_key, record.context_tokens)
             self._quality.setdefault(key, {name: getattr(record, name) for name in _QUALITY})
@@ -283,6 +294,7 @@ class Trials:
         careful = stage in ("final", "boundary")
         rounds, limit_s = _CARE if careful else _LOOK
         known = self._quality.get((configuration.quality_key, context))
+        answered = self._answered.get(configuration.quality_key)
         try:
             worker = self._ready(configuration.load_group)
             assert worker.witness is not None
@@ -296,6 +308,7 @@ class Trials:
                 new_tokens=self.workload.new_tokens,
                 inputs=self.inputs.tokens,
                 reference=self.inputs.references.get(context) if known is None else None,
+                task=self.inputs.task if answered is None else None,
                 careful=careful,
                 min_rounds=rounds,
                 limit_s=min(limit_s, timeout_s / 4),
@@ -314,7 +327,7 @@ class Trials:
             )
         seen = max(answer["peak_bytes"], worker.witness.peak, self._load_peak)
         answer |= {"peak_bytes": seen, "witness": worker.witness.instrument}
-        answer |= known or {}
+        answer |= (known or {}) | (answered or {})
         outcome, reason = self._judge(answer, answer.pop("wrong_output"), answer.pop("drift", 1.0))
         record = Record(configuration, context, outcome, reason, stage=stage, **answer)
         self.learn(record)
@@ -352,8 +365,21 @@ class Trials:
         if ratio is not None and not ratio <= 1 + self.workload.max_quality_loss:
             limit = self.workload.max_quality_loss
             return "quality_loss", f"perplexity is {ratio - 1:+.1%} of the reference's; the limit is {limit:+.1%}"
+        if lost := lost_answers(figures.get("task_loss"), figures.get("task_loss_interval"), self.workload):
+            return "quality_loss", lost
         unsteady = _unsteady(figures, drift)
         return ("unstable", f"{figures['tokens_per_s']:.1f} tokens/s, but {unsteady}") if unsteady else ("ok", "")
+
+
+def lost_answers(loss: float | None, interval: tuple[float, float] | None, workload: Workload) -> str:
+    """By how much a task's answers are worse than the workload allows; nothing where that may be chance."""
+    if loss is None or interval is None or loss <= workload.max_task_loss or interval[0] <= 0:
+        return ""
+    low, high = (100 * end for end in interval)
+    return (
+        f"answers to the task are {100 * loss:.1f} points of F1 below the reference's (95 % interval {low:.1f} to "
+        f"{high:.1f}); the limit is {100 * workload.max_task_loss:.1f}"
+    )
 
 
 def _unsteady(figures: dict[str, Any], drift: float) -> str:

@@ -1,7 +1,8 @@
 """Measure a policy again on this machine, each rule at its longest prompt, and compare with what it promises.
 
 The footprint must stay within the budget. The rate must reach the lower end of the certificate's interval, less SLACK;
-the perplexity must not exceed the upper end of its own, nor the workload's limit. An interval that does not hold its
+the perplexity must not exceed the upper end of its own, nor the workload's limit; answers to the workload's task must
+keep to its limit. An interval that does not hold its
 own median was edited: then the strictest of the three numbers counts.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 from .config import Budget, Record, Workload, mib
 from .policy import Policy, PolicyError, Rule, read_policy
 from .run import fingerprint, input_files, prepare_inputs, text_file
-from .trial import Trials, WorkerFailed
+from .trial import Trials, WorkerFailed, lost_answers
 
 SLACK = 0.15  # how far below its interval a rate may fall on the machine that measured it: other load, other clocks
 WIDEST = 0.5  # an interval's lower end counts as at least this share of its median: [0, high] promises something too
@@ -118,6 +119,10 @@ def _prepare(
         digest = hashlib.sha256(text.read_text(encoding="utf-8").encode()).hexdigest()
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"workload.text {workload.text} cannot be read: {error}") from None
+    try:
+        task = hashlib.sha256(Path(workload.task).read_bytes()).hexdigest() if workload.task else None
+    except OSError as error:
+        raise PolicyError(f"workload.task {workload.task} cannot be read: {error}") from None
     model = Path(policy.model.path)
     with _trials(policy, workload, scratch, phase) as trials:
         try:
@@ -129,7 +134,7 @@ def _prepare(
             ) from None
         try:
             here = worker.request("environment", 120)
-            differences = _differences(policy, {**here, "text_sha256": digest})
+            differences = _differences(policy, {**here, "text_sha256": digest, "task_sha256": task})
             for difference in differences:
                 note(str(difference))
             files = _file_verdicts(policy, phase)
@@ -155,8 +160,9 @@ def _differences(policy: Policy, here: dict[str, Any]) -> list[Difference]:
         return flat | {f"version of {name}": found for name, found in environment.get("versions", {}).items()}
 
     then, now = stated(policy.environment), stated(here)
-    if "text_sha256" in policy.workload:
-        then["text"], now["text"] = policy.workload["text_sha256"][:12], here["text_sha256"][:12]
+    for what in ("text", "task"):
+        if (key := f"{what}_sha256") in policy.workload:
+            then[what], now[what] = policy.workload[key][:12], str(here[key])[:12]
     return [
         Difference(what, str(value), str(now.get(what, "none")))
         for what, value in then.items()
@@ -185,11 +191,11 @@ def _measure(policy: Policy, workload: Workload, scratch: Path, phase: Say) -> l
         trials.inputs = input_files(scratch, workload)
         for rule in policy.rules:
             record = trials.measure(policy.configuration(rule), rule.max_context_tokens, stage="final")
-            verdicts += _rule_verdicts(rule, record, policy.budget_bytes, workload.max_quality_loss)
+            verdicts += _rule_verdicts(rule, record, policy.budget_bytes, workload)
     return verdicts
 
 
-def _rule_verdicts(rule: Rule, record: Record, budget: int, max_quality_loss: float) -> list[Verdict]:
+def _rule_verdicts(rule: Rule, record: Record, budget: int, workload: Workload) -> list[Verdict]:
     name, expected = f"up to {rule.max_context_tokens}", rule.expected
     short = record.outcome in ("out_of_memory", "over_budget")
     short |= record.tokens_per_s is None and expected.peak_bytes > budget  # libraries may crash where memory runs out
@@ -211,12 +217,18 @@ def _rule_verdicts(rule: Rule, record: Record, budget: int, max_quality_loss: fl
     promised = f"{expected.tokens_per_s:.1f} ({low:.1f} to {high:.1f})"
     verdicts.append(Verdict(f"{name}: tokens/s", record.tokens_per_s >= least, promised, rate))
     if record.perplexity_ratio is not None:
-        most, ratio = 1 + max_quality_loss, record.perplexity_ratio
+        most, ratio = 1 + workload.max_quality_loss, record.perplexity_ratio
         if expected.perplexity_ratio is not None:
             _, high = _promised(expected.perplexity_ratio, expected.perplexity_ratio_interval, min)
             most = min(most, high + ROUNDING)
         loss = f"{ratio - 1:+.2%}" + (f", {ratio - most:.2%} over" if ratio > most else "")
         verdicts.append(Verdict(f"{name}: quality loss", ratio <= most, f"at most {most - 1:+.2%}", loss))
+    if record.task_loss is not None:
+        lost = lost_answers(record.task_loss, record.task_loss_interval, workload)
+        promised = f"at most {100 * workload.max_task_loss:.1f} points"
+        verdicts.append(
+            Verdict(f"{name}: task loss", not lost, promised, lost or f"{100 * record.task_loss:.1f} points")
+        )
     if record.outcome in ("wrong_output", "unstable"):
         verdicts.append(Verdict(f"{name}: {record.outcome}", False, "ok", record.reason))
     return verdicts

@@ -9,6 +9,7 @@ our own code raises without meaning to is a bug: its traceback is sent, and the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -47,7 +48,7 @@ class Worker:
         import transformers
 
         from .engine import decode  # noqa: F401
-        from .measure import machine, memory, quality, throughput  # noqa: F401
+        from .measure import machine, memory, quality, task, throughput  # noqa: F401
 
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -83,6 +84,12 @@ class Worker:
         from .measure.inputs import prepare
 
         self.phase("reading the text")
+        return prepare(**request)
+
+    def task(self, **request: Any) -> dict[str, Any]:
+        from .measure.task import prepare
+
+        self.phase("reading the task")
         return prepare(**request)
 
     def load(self, model: str, group: dict[str, str]) -> dict[str, Any]:
@@ -156,6 +163,75 @@ class Worker:
         np.save(path, kept.numpy())
         return {"dtype": str(rows.dtype)}
 
+    def noise(self, inputs: str, context: int, reference: str) -> dict[str, float]:
+        """What the reference loses against itself in eager attention, which computes the same in another order.
+
+        `ln_ratio` is |ln(perplexity ratio)| at the farther end of its 95 % interval, because the mean of what has no
+        sign may be near 0 by chance. Nothing where the model cannot change its attention, or has no room for this one.
+        """
+        from .config import Configuration
+        from .measure.memory import out_of_memory
+
+        self.phase(f"measuring the noise floor at {context} tokens")
+        target = self.engine.target
+        own = target.config._attn_implementation
+        target.set_attn_implementation("eager")
+        try:
+            if target.config._attn_implementation == own:
+                return {}
+            # in chunks, for eager attention holds a number for every pair of tokens
+            figures = self._quality(Configuration(prefill_chunk=512), inputs, context, reference)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return {}
+        finally:
+            target.set_attn_implementation(own)
+        farther = max(abs(math.log(end)) for end in figures["perplexity_ratio_interval"])
+        found = {"ln_ratio": farther, "kl_divergence": figures["kl_divergence"]}
+        return found if math.isfinite(farther) else {}
+
+    def reference_task(self, path: str) -> dict[str, Any]:
+        """Answer the task's questions with what is loaded and keep the scores beside them."""
+        from .config import Configuration
+
+        self.phase("answering the task with the reference")
+        task = json.loads(Path(path).read_text())
+        task["reference"] = self._scores(Configuration(), task)
+        Path(path).write_text(json.dumps(task))
+        return {}
+
+    def _scores(self, configuration: Any, task: dict[str, Any]) -> list[tuple[float, float]]:
+        """How good each answer is. Plain decoding answers: speculation and launch change no text (promise 3)."""
+        from transformers import AutoTokenizer
+
+        from .measure.task import score
+
+        # of this process, and so of the footprint: a deployment has one as well
+        tokenizer = AutoTokenizer.from_pretrained(task["model"], local_files_only=True)
+        plain = configuration.replace(draft="none", depth=0, launch="eager")
+        pairs = zip(task["questions"], task["answers"], strict=True)
+        return [score(self._answer(tokenizer, question, plain), expected) for question, expected in pairs]
+
+    def _answer(self, tokenizer: Any, question: list[int], configuration: Any) -> str:
+        """The first line of the greedy continuation."""
+        from .measure.task import ANSWER
+
+        tokens: list[int] = []
+
+        def text() -> str:
+            return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+        self.engine.generate(
+            question,
+            configuration,
+            ANSWER,
+            stop=self.engine.stop_tokens,
+            on_tokens=tokens.extend,
+            ended=lambda: "\n" in text(),
+        )
+        return text().partition("\n")[0]
+
     def _score(self, prompt: list[int], continuation: list[int], configuration: Any) -> Any:
         from .measure.quality import STEP
 
@@ -177,11 +253,13 @@ class Worker:
         min_rounds: int,
         limit_s: float,
         bar: float | None,
+        task: str | None = None,
     ) -> dict[str, Any]:
         """Everything that a record holds and this side can see."""
         from .config import Configuration
         from .measure.inputs import prompts_of
         from .measure.machine import state, waiting
+        from .measure.task import figures as task_figures
         from .measure.throughput import measure_throughput, summarize
 
         began = time.perf_counter()
@@ -213,6 +291,10 @@ class Worker:
         if reference is not None:
             self.phase("measuring quality")
             figures |= self._quality(chosen, inputs, context, reference)
+        if task is not None:
+            self.phase("answering the task")
+            asked = json.loads(Path(task).read_text())
+            figures |= task_figures(self._scores(chosen, asked), asked["reference"])
         figures |= {"base_bytes": self.meter.base_bytes, "load_s": self.load_s, "samples": samples}
         figures["measure_s"] = time.perf_counter() - began
         return {**figures, "wrong_output": wrong}

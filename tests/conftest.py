@@ -52,6 +52,14 @@ def record() -> MakeRecord:
     return synthetic_record
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _references_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither the user's own are used nor any left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOTUNE_CACHE", str(tmp_path_factory.mktemp("references")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _do_not_wait_for_the_disk() -> Iterator[None]:
     """A trial is some twenty commits; what a power failure would leave is not tested here."""

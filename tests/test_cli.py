@@ -275,6 +275,34 @@ def test_prompts_that_are_not_json_lines_name_the_line(
     assert refuses(run("--prompts", "my.jsonl"), "--prompts my.jsonl", *words)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"question": "a", "answer": "b"}\n{"question": "b"}\n', ["line 2", '{"question": "text", "answer": "text"}']),
+        ('{"question": "a", "answer": 4}', ["line 1"]),
+        ('{"question": "", "answer": "b"}', ["line 1"]),
+        ("[1]", ["line 1"]),
+        ("\n", ["is empty"]),
+    ],
+)
+def test_a_task_that_is_not_json_lines_names_the_line(run: Run, tmp_path: Path, content: str, words: list[str]) -> None:
+    (tmp_path / "my.jsonl").write_text(content)
+    assert refuses(run("--task", "my.jsonl"), "--task my.jsonl", *words)
+
+
+def test_a_task_that_is_not_there_or_has_no_limit_is_refused(run: Run) -> None:
+    assert refuses(run("--task", "nowhere.jsonl"), "--task nowhere.jsonl cannot be read")
+    assert refuses(run("--max-task-loss", "-1"), "--max-task-loss", "write it like 5% or 0.05")
+
+
+def test_a_task_and_its_limit_reach_the_workload(tmp_path: Path) -> None:
+    path = tmp_path / "my.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n')
+    words = ["--budget", "2GB", "--device", "cpu", "--task", str(path), "--max-task-loss", "2%"]
+    options = main.commands["run"].make_context("run", words).params
+    assert (_request(options).workload.task, _request(options).workload.max_task_loss) == (str(path), 0.02)
+
+
 # Where it is written --------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -25,6 +26,7 @@ from autotune.config import (
     mib,
     parse_bytes,
     parse_tokens,
+    within_noise,
 )
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -242,3 +244,14 @@ def test_each_objective_reads_its_own_figure() -> None:
 def test_a_failure_never_becomes_a_number(objective: Any) -> None:
     with pytest.raises(ValueError, match=f"out_of_memory has no {objective} figure"):
         Record(Configuration(), 64, "out_of_memory").rate(objective)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noise"),
+    [(1.0, True), (1.0019, True), (1.0021, False), (0.9981, True), (0.9979, False), (math.nan, False)],
+)
+def test_a_ratio_is_noise_where_the_reference_differs_as_much_from_itself_in_either_direction(
+    ratio: float, noise: bool
+) -> None:
+    assert within_noise(ratio, {"512": {"ln_ratio": 0.002, "kl_divergence": 0.1}}) == noise
+    assert not within_noise(ratio, {})

@@ -615,6 +615,17 @@ def test_what_is_printed_says_what_one_load_costs_or_what_a_reload_takes() -> No
     assert "does not fit" not in rows[0]
 
 
+def test_a_loss_below_the_noise_floor_is_printed_as_noise() -> None:
+    policy = of_one_load()
+    for rule, ratio in zip(policy.rules, (1.0021, 0.9981), strict=True):
+        rule.expected.perplexity_ratio = ratio
+    assert "within noise" not in printed(policy)
+    policy.workload["noise_floor"] = {"512": {"ln_ratio": 0.002, "kl_divergence": 1e-4}}
+    said = printed(policy)
+    assert said.count("within noise") == 1
+    assert "+0.21%" in said
+
+
 def test_one_load_has_no_reloads() -> None:
     assert [(rule.load, rule.reload_s) for rule in a_policy().rules] == [(None, None)] * 2
 

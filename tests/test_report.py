@@ -355,6 +355,29 @@ def test_a_finalist_measured_again_replaces_its_first_measurement(page: Callable
     assert "1.5x the baseline" in page(replace(run, records=[run.records[0], again, early])).words
 
 
+@pytest.mark.parametrize(
+    ("floor", "said"), [(0.0039, "quality loss 0.40 ± 0.30 %"), (0.0041, "quality loss within noise")]
+)
+def test_a_difference_below_the_noise_floor_reads_as_none(
+    floor: float, said: str, page: Callable[[RunData], _Page]
+) -> None:
+    info = {"reference": {"noise_floor": {"512": {"ln_ratio": floor, "kl_divergence": 1e-4}}}}
+    shown = page(replace(one_context(20, 42), info=info))
+    assert said in shown.words
+    loss = "within noise" if floor > 0.004 else "0.40 %"
+    assert f"s, loss {loss}" in shown.source
+    assert ("0.40 ± 0.30" in shown.words) == (floor < 0.004)
+
+
+def test_a_tasks_figures_are_in_the_table_where_there_is_a_task(page: Callable[[RunData], _Page]) -> None:
+    run = one_context(20, 42)
+    assert "task F1" not in page(run).words
+    asked = [replace(record, task_f1=0.625, task_exact_match=0.5) for record in run.records]
+    words = page(replace(run, records=asked)).words
+    assert "task exact match, % task F1, %" in words
+    assert "50.0 62.5" in words
+
+
 def test_the_same_results_give_the_same_page(page: Callable[[RunData], _Page]) -> None:
     assert page(synthetic_run(count=6)).source == page(synthetic_run(count=6)).source
 

@@ -61,6 +61,14 @@ def test_the_table_has_a_row_per_record_with_its_figures() -> None:
     assert (row["memory_weights_bytes"], row["memory_kv_cache_bytes"]) == (5, 7)
 
 
+def test_a_tasks_figures_have_columns_with_their_intervals() -> None:
+    asked = synthetic_record(Configuration(), 256, task_f1=0.5, task_loss=0.25, task_loss_interval=[0.125, 0.375])
+    row = frame([asked]).iloc[0]
+    assert (row["task_f1"], row["task_loss"]) == (0.5, 0.25)
+    assert (row["task_loss_low"], row["task_loss_high"]) == (0.125, 0.375)
+    assert {"task_exact_match", "task_exact_match_low", "task_f1_high"} < set(frame(RECORDS).columns)
+
+
 def test_a_failure_has_no_figures_in_the_table() -> None:
     row = frame(RECORDS).iloc[1]
     assert (row["outcome"], row["reason"], row["cache"]) == ("out_of_memory", "no memory,\nat all", "static")

@@ -186,6 +186,9 @@ def test_a_run_writes_every_file_of_the_contract(finished: tuple[Path, str]) -> 
     assert info["workload"]["contexts"] == [64, 128]
     assert info["environment"]["versions"]["torch"]
     assert len(info["text"]["text_sha256"]) == 64
+    assert list(info["reference"]["noise_floor"]) == ["64"]
+    assert 0 < info["reference"]["noise_floor"]["64"]["ln_ratio"] < 0.05
+    assert read_policy(folder / "run" / "policy.json").workload["noise_floor"] == info["reference"]["noise_floor"]
     table = rows(folder)
     assert set(table["outcome"]) == {"ok"}
     assert (table["peak_bytes"].astype(float) <= 2e9).all()
@@ -353,6 +356,7 @@ class Looked:
             "space": "mine",
         }
         info |= {"reference": {"weights": "bf16", "took_s": 5.0}, "study": request.study, "storage": None}
+        info |= {"text": {"tokens_sha256": "t"}, "environment": {"device": "d", "versions": {}}}
         info |= {"workload": dataclasses.asdict(workload), "budget": dataclasses.asdict(request.budget)}
         studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
         self.search = Search(space, workload, request.budget, studies, formula.measure, fits, 0.0)
@@ -379,8 +383,9 @@ class Looked:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Formula], Formula]:
-    """Time passes as the formula measures, and not otherwise."""
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Formula], Formula]:
+    """Time passes as the formula measures, and not otherwise; no reference was scored before."""
+    monkeypatch.setenv("AUTOTUNE_CACHE", str(tmp_path / "references"))
 
     def of(formula: Formula) -> Formula:
         monkeypatch.setattr("time.monotonic", lambda: formula.now)

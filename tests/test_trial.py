@@ -1,5 +1,6 @@
 """The parent's side with real processes that hang, die, lie and eat; the worker in them loads no model."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -225,6 +226,9 @@ def test_the_death_of_the_parent_takes_a_busy_worker_with_it(plant: Plant, tmp_p
         ({"perplexity_ratio": 1.05}, "ok", ""),
         ({"perplexity_ratio": 1.0512}, "quality_loss", "perplexity is +5.1% of the reference's; the limit is +5.0%"),
         ({"perplexity_ratio": float("nan")}, "quality_loss", "nan"),
+        ({"task_loss": 0.06, "task_loss_interval": (0.01, 0.11)}, "quality_loss", "are 6.0 points of F1 below"),
+        ({"task_loss": 0.06, "task_loss_interval": (-0.01, 0.13)}, "ok", ""),  # within error
+        ({"task_loss": 0.05, "task_loss_interval": (0.01, 0.09)}, "ok", ""),
         ({"spread": 0.51}, "unstable", "10.0 tokens/s, but rounds vary by 51%"),
         ({"spread": 0.5}, "ok", ""),
         ({"tokens_per_s_interval": None}, "ok", ""),
@@ -250,6 +254,20 @@ def test_the_witness_outside_sees_what_the_worker_does_not_say(trials: Trials, p
     assert trials.measure(BF16, 64).outcome == "ok"
 
 
+def test_a_peak_is_forgotten_by_a_new_beginning_that_falls_into_a_sample() -> None:
+    witness = trial.Witness(os.getpid(), None)
+    witness.peak = 600
+
+    def read() -> int:
+        witness.begin()
+        witness.stop()
+        return 5
+
+    witness._read = read
+    witness.run()
+    assert witness.peak == 5
+
+
 def test_a_peak_while_loading_counts_for_every_measurement_of_the_group(trials: Trials, plant: Plant) -> None:
     plant("hold", at="load", bytes=600 * MIB)
     assert trials.measure(BF16, 64).outcome == "over_budget"
@@ -263,6 +281,34 @@ def test_the_same_text_at_the_same_context_has_its_quality_measured_once(trials:
     faster = trials.measure(BF16.replace(draft="prompt-lookup", depth=2), 64)
     assert (faster.perplexity_ratio, faster.kl_divergence) == (first.perplexity_ratio, 0.5)
     assert trials.measure(BF16.replace(cache="quantized-4"), 64).kl_divergence is None
+
+
+def test_a_task_is_answered_once_for_the_same_text_at_whatever_context(
+    trials: Trials, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert trials.inputs is not None
+    trials.inputs.references[128] = "other.npy"
+    asked = []
+    figures = {"task_exact_match": 0.5, "task_f1": 0.6, "task_loss": 0.3, "task_loss_interval": [0.1, 0.5]}
+    trials.measure(BF16, 64)
+    assert trials._worker is not None
+    request = trials._worker.request
+
+    def listen(op: str, timeout_s: float, **data: Any) -> dict[str, Any]:
+        asked.append(data.get("task"))
+        return request(op, timeout_s, **data)
+
+    monkeypatch.setattr(trials._worker, "request", listen)
+    trials.inputs = dataclasses.replace(trials.inputs, task="task.json")
+    plant("answer", figures=figures)
+    first = trials.measure(BF16, 64)
+    faster = trials.measure(BF16.replace(draft="prompt-lookup", depth=2), 128)
+    assert (first.outcome, faster.outcome) == ("quality_loss", "quality_loss")
+    assert (faster.task_f1, faster.task_exact_match, faster.task_loss_interval) == (0.6, 0.5, (0.1, 0.5))
+    assert trials.measure(BF16.replace(cache="quantized-4"), 64).task_f1 is None
+    assert asked == [None, "task.json", None, None, None, "task.json"]  # begin, measure
+    trials.learn(dataclasses.replace(first, configuration=NF4))
+    assert trials.measure(NF4, 64).task_f1 == 0.6
 
 
 def test_a_request_to_a_worker_that_was_killed_says_so(plant: Plant, tmp_path: Path) -> None:

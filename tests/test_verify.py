@@ -77,24 +77,30 @@ def test_a_policy_holds_here_and_what_differs_is_said_before_anything_is_measure
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "_CARE", (1, 0.0))  # one round of timing will do
+    monkeypatch.setattr(trial, "BUSY", 1.0)  # how steady this machine is now is not the question
     slow = policy(rate=0.5)
     slow.environment |= {"device": "Another GPU", "versions": {"torch": "1.0", "autotune": "0"}}
     slow.workload["text_sha256"] = "0" * 64
+    rows = [{"question": f"def main(argv={n}):\n    return", "answer": "argv"} for n in range(8)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    slow.workload |= {"task": str(tmp_path / "task.jsonl"), "task_sha256": "0" * 64}
+    slow.workload["max_task_loss"] = 1.0  # what 8 bits lose on 8 questions is not the question
     write_policy(slow, tmp_path / "policy.json")
     said: list[str] = []
     found = verify_policy(tmp_path / "policy.json", phase=said.append, note=lambda text: said.append(f"note: {text}"))
     assert found.holds, found.line()
-    assert {f"up to {n}: {what}" for n in (64, 128) for what in ("footprint", "tokens/s", "quality loss")} < {
-        verdict.claim for verdict in found.verdicts
-    }
+    assert {
+        f"up to {n}: {what}" for n in (64, 128) for what in ("footprint", "tokens/s", "quality loss", "task loss")
+    } < {verdict.claim for verdict in found.verdicts}
     assert [difference.what for difference in found.differences] == [
         "device",
         "version of torch",
         "version of autotune",
         "text",
+        "task",
     ]
     notes = [index for index, text in enumerate(said) if text.startswith("note: ")]
-    assert len(notes) == 4
+    assert len(notes) == 5
     assert "Another GPU when it was measured" in said[notes[0]]
     work = [index for index, text in enumerate(said) if text.startswith(("hashing", "reading the text", "timing"))]
     assert notes[-1] < work[0]
@@ -201,6 +207,24 @@ def test_a_loss_of_quality_beyond_its_interval_fails(
     assert set(failures(result)) == (set() if holds else {"up to 64: quality loss"})
 
 
+def test_answers_that_are_worse_than_the_limit_fail_unless_it_is_within_error(
+    measures: dict[int, Record], tmp_path: Path
+) -> None:
+    lost = {"task_loss": 0.25, "task_loss_interval": (0.1, 0.4), "ratio": 1.01, "outcome": "quality_loss"}
+    measures[64] = synthetic_record(Configuration(), 64, (100.0,) * 3, **lost)
+    found = failures(result := ask(tmp_path, policy(), "--json"))
+    assert result.exit_code == 1
+    assert set(found) == {"up to 64: task loss"}
+    assert (
+        "25.0 points of F1 below the reference's (95 % interval 10.0 to 40.0); the limit is 5.0" in found.popitem()[1]
+    )
+    lost |= {"task_loss_interval": (-0.1, 0.6), "outcome": "ok"}
+    measures[64] = synthetic_record(Configuration(), 64, (100.0,) * 3, **lost)
+    result = ask(tmp_path, policy(), "--json")
+    assert failures(result) == {}
+    assert [row["found"] for row in json.loads(result.stdout)["claims"] if "task" in row["claim"]] == ["25.0 points"]
+
+
 def test_a_budget_below_what_was_witnessed_or_is_witnessed_fails_by_the_difference(
     measures: dict[int, Record], tmp_path: Path
 ) -> None:
@@ -261,6 +285,11 @@ def test_what_cannot_be_verified_is_refused_with_what_to_mend(tmp_path: Path) ->
     result = ask(tmp_path, lost)
     assert result.exit_code == 2
     assert "workload.text /no/such.txt cannot be read" in result.output
+    lost = policy()
+    lost.workload["task"] = "/no/such.jsonl"
+    result = ask(tmp_path, lost)
+    assert result.exit_code == 2
+    assert "workload.task /no/such.jsonl cannot be read" in result.output
 
 
 # Again and again ------------------------------------------------------------------------------------------------------

@@ -90,6 +90,19 @@ def test_a_record_holds_every_figure_of_a_real_measurement(trials: Trials) -> No
     assert record.memory["weights"] > MIB // 2
 
 
+def test_the_noise_floor_is_what_the_reference_loses_against_itself_and_leaves_it_as_it_was(
+    trials: Trials, plain: WorkerProcess, folder: Path
+) -> None:
+    assert trials.inputs is not None
+    again = {"inputs": trials.inputs.tokens, "context": 64}
+    floor = plain.request("noise", 60, reference=trials.inputs.references[64], **again)
+    assert 0 < floor["ln_ratio"] < 0.05
+    assert 0 < floor["kl_divergence"] < 0.01
+    assert plain.request("noise", 60, reference=trials.inputs.references[64], **again) == floor
+    plain.request("reference", 60, path=str(folder / "again.npy"), **again)
+    assert (folder / "again.npy").read_bytes() == Path(trials.inputs.references[64]).read_bytes()
+
+
 def test_a_prompt_that_needs_more_than_the_budget_is_out_of_memory_and_the_same_worker_goes_on(trials: Trials) -> None:
     eager = STOCK.replace(attention="eager")
     whole = trials.measure(eager, 3072)

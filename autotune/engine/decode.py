@@ -100,6 +100,12 @@ class Engine:
             check_draft(target, draft)
         return cls(target, draft, group, device)
 
+    @property
+    def stop_tokens(self) -> set[int]:
+        """The tokens with which the target ends a text."""
+        stop = self.target.generation_config.eos_token_id
+        return set(stop) if isinstance(stop, list) else {stop} if stop is not None else set()
+
     @_without_gradients
     def generate(
         self,

@@ -45,6 +45,7 @@ def prepare(model: str, text: str, prompts: str | None, contexts: list[int], win
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     return {
         "text_tokens": len(tokens),
+        "windows": windows,
         "text_sha256": hashlib.sha256(body.encode()).hexdigest(),
         "tokens_sha256": digest,
     }
