@@ -110,22 +110,24 @@ class Search:
     studies: Studies
     measure: Measure
     fits: Fits
-    deadline: float  # time.monotonic()
+    deadline: float  # as `now` has it
     max_trials: int | None = None
     seed: int = 0
     first: tuple[Configuration, ...] = ()  # measured before the sampler is asked
     known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
     skipped: int = 0
     on_record: Callable[[Record], None] = lambda record: None
+    now: Callable[[], float] = lambda: time.monotonic()
     _asked: tuple[int, Configuration, optuna.Trial] | None = field(default=None, init=False, repr=False)
 
     def run(self) -> None:
         """Measure until time, trials or the space run out."""
         self._random = random.Random(self.seed)
         contexts = list(self.workload.contexts)
-        began, share = time.monotonic(), FIRST_SHARE * (self.deadline - time.monotonic())
+        began = self.now()
+        share = FIRST_SHARE * (self.deadline - began)
         for configuration in self.first:
-            if time.monotonic() - began < share:
+            if self.now() - began < share:
                 self._sow(configuration)
         while contexts and not self._over():
             context = min(contexts, key=lambda c: sum(at == c for _, at in self.known))
@@ -152,7 +154,7 @@ class Search:
 
     def _over(self) -> bool:
         measured = sum(record.stage == "search" for record in self.known.values())
-        return time.monotonic() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
+        return self.now() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
 
     def _sow(self, chosen: Configuration) -> None:
         """Measure what experience says may win, at every context where it may still."""
@@ -279,6 +281,6 @@ def complete(search: Search, group: LoadGroup) -> None:
 def also(search: Search, configuration: Configuration, context: int) -> str:
     """The outcome of a configuration at a context, measured if there is time and it may fit; nothing if not."""
     known = (configuration, context) in search.known
-    if not known and (time.monotonic() >= search.deadline or search.fits(configuration, context)):
+    if not known and (search.now() >= search.deadline or search.fits(configuration, context)):
         return ""
     return search.measured(configuration, context).outcome
