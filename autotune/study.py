@@ -142,7 +142,11 @@ class Search:
         for candidate in candidates:
             for context in self.workload.contexts:
                 known = (candidate, context) in self.known
-                if not known and self.baseline_of(context, candidates) is None and not self.fits(candidate, context):
+                if (
+                    not known
+                    and self.baseline_of(context, candidates) is None
+                    and not self.too_large(candidate, context)
+                ):
                     self._measured(candidate, context, "baseline")
 
     def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:
@@ -227,6 +231,14 @@ class Search:
                 continue
             if other != configuration:
                 return record.reason
+        return self.too_large(configuration, context)
+
+    def too_large(self, configuration: Configuration, context: int) -> str:
+        """Why it cannot fit: it did not at a shorter context, all of which a longer one holds as well; or the plan."""
+        for shorter in self.workload.contexts:
+            record = self.known.get((configuration, shorter))
+            if shorter < context and record is not None and record.outcome in ("over_budget", "out_of_memory"):
+                return f"at {shorter} tokens: {record.reason}"
         return self.fits(configuration, context)
 
     def _measured(self, configuration: Configuration, context: int, stage: str) -> Record:
@@ -281,6 +293,6 @@ def complete(search: Search, group: LoadGroup) -> None:
 def also(search: Search, configuration: Configuration, context: int) -> str:
     """The outcome of a configuration at a context, measured if there is time and it may fit; nothing if not."""
     known = (configuration, context) in search.known
-    if not known and (search.now() >= search.deadline or search.fits(configuration, context)):
+    if not known and (search.now() >= search.deadline or search.too_large(configuration, context)):
         return ""
     return search.measured(configuration, context).outcome

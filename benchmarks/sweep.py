@@ -295,7 +295,7 @@ def main(
                 "drafts": [run.fingerprint(draft)["weights_sha256"] for draft in drafts],
                 "workload": json.loads(json.dumps(dataclasses.asdict(workload))),
                 "device": request.budget.device,
-                "space_name": space_name,
+                "space_name": Path(space_name).stem,
                 "sample": sample,
                 "groups": groups,
                 "seed": seed,
