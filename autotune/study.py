@@ -141,12 +141,9 @@ class Search:
         """Measure, per context, the first candidate that fits: what a user would run without tuning."""
         for candidate in candidates:
             for context in self.workload.contexts:
-                known = (candidate, context) in self.known
-                if (
-                    not known
-                    and self.baseline_of(context, candidates) is None
-                    and not self.too_large(candidate, context)
-                ):
+                if (candidate, context) in self.known or self.baseline_of(context, candidates) is not None:
+                    continue
+                if not self.too_large(candidate, context):
                     self._measured(candidate, context, "baseline")
 
     def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:

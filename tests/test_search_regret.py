@@ -197,6 +197,16 @@ def test_the_optimum_is_one_load_for_all_contexts_and_fits(synthetic: regret.Swe
     assert len(synthetic.optimum(int(budgets[-1] / 1.01))) < len(CONTEXTS)
 
 
+def test_a_context_that_another_load_serves_faster_is_no_optimum_of_one_load(synthetic: regret.Sweep) -> None:
+    rates = {(BF16, 128): 150.0, (BF16, 2048): 50.0, (NF4, 128): 100.0, (NF4, 2048): 100.0}
+    lines = {pair: regret.Line(synthetic_record(*pair, (value,) * 3), 1.0, 0.0) for pair, value in rates.items()}
+    sweep = regret.Sweep(synthetic.header, lines, {}, {})
+    assert sweep.optimum(regret.UNLIMITED) == {128: 100.0, 2048: 100.0}
+    figures = regret.judged(sweep, regret.UNLIMITED, {128: BF16, 2048: BF16}, regret.Replay(synthetic, 1, 1.0))
+    assert figures["scores"] == {"128": 1.5, "2048": 0.5}
+    assert figures["policy"] == 0.866
+
+
 def test_the_search_is_the_same_by_seed_keeps_its_time_and_finds_the_optimum(synthetic: regret.Sweep) -> None:
     budget, limit = synthetic.budgets()[1], 0.07 * synthetic.cost_s
     (chosen, replay), again = (regret.search(synthetic, budget, 3, limit) for _ in range(2))
@@ -277,6 +287,7 @@ def test_bars_are_held_and_missed() -> None:
     assert held(*good, row("random", 0.9)) == [True, True, True, True, True]
     assert held(*good, row("random", 1.0)) == [True, True, True, True, False]
     assert held(*good, *[row("autotune", 0.5)] * 2, row("random", 0.9)) == [True, True, True, False, True]
+    assert held(row("autotune", 0.99), row("random", 0.99)) == [True, True, True, True, False]
     assert held(row("autotune", 0.97), row("random", 0.9)) == [True, True, False, True, True]
     assert held(row("autotune", 0.99, infeasible=2), row("random", 0.9)) == [True, False, True, True, True]
     assert held(row("autotune", 0.99, infeasible_recommendations=1))[0] is False

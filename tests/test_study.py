@@ -468,3 +468,9 @@ def test_what_did_not_fit_at_a_shorter_context_is_not_tried_at_a_longer_one(tmp_
     assert (BASELINES[1], 256) in fake.calls
     assert len(fake.calls) == 2 * 8 - len(large)
     assert also(search, static, 256) == ""
+
+
+def test_what_does_not_fit_at_a_longer_context_is_tried_at_a_shorter_one(tmp_path: Path) -> None:
+    fake = Fake(lambda c, context: "out_of_memory" if context == 256 else "ok")
+    search_in(tmp_path, SMALL, fake, contexts=(256, 64)).baseline(BASELINES[:1])
+    assert fake.calls == [(BASELINES[0], 256), (BASELINES[0], 64)]
