@@ -607,7 +607,7 @@ def calibrate(pairs: Iterable[tuple[Record, Prediction]], device: str) -> Calibr
     fitted = _fit(kept, default)
     errors = []
     for i, (record, prediction) in enumerate(kept if len(kept) > 1 else ()):
-        others = _fit(kept[:i] + kept[i + 1 :], default)
+        others = _fit(kept[:i] + kept[i + 1 :], default, _keys(record.configuration))
         body = prediction.total - prediction.owners["base"]
         said = others.base_bytes + body + _correction(others, record.configuration, _moving(prediction))
         errors.append(abs(said / (record.peak_bytes or 1) - 1))
@@ -624,18 +624,22 @@ def _moving(prediction: Prediction) -> int:
     return sum(prediction.owners[owner] for owner in ("kv_cache", "draft_kv_cache", "activations"))
 
 
-def _fit(pairs: Sequence[tuple[Record, Prediction]], default: Calibration) -> Calibration:
+def _fit(
+    pairs: Sequence[tuple[Record, Prediction]], default: Calibration, wanted: tuple[str, ...] | None = None
+) -> Calibration:
+    """Without the error; only the corrections of one configuration's words where those are `wanted`."""
     base = max((r.base_bytes for r, _ in pairs if r.base_bytes), default=default.base_bytes)
     points: dict[str, list[tuple[int, int, int]]] = {}
     for record, prediction in pairs:
         peak = record.peak_bytes or 0
         missed = peak - base - (prediction.total - prediction.owners["base"])
-        for key in dict.fromkeys(_keys(record.configuration)):
+        for key in dict.fromkeys(key for key in _keys(record.configuration) if wanted is None or key in wanted):
             points.setdefault(key, []).append((_moving(prediction), missed, peak))
     lines: dict[str, tuple[float, float]] = {}
-    for record, _ in pairs:  # the widest key first: its slope serves where a narrower one has too few points
+    chains = dict.fromkeys(_keys(record.configuration) for record, _ in pairs) if wanted is None else [wanted]
+    for keys in chains:
         slope = 0.0
-        for key in reversed(_keys(record.configuration)):
+        for key in (key for key in reversed(keys) if key in points):  # the widest first, for its slope
             lines[key] = _upper_line(points[key], slope)
             slope = lines[key][1]
     return Calibration(base, lines)

@@ -25,6 +25,7 @@ from .space import Space
 from .study import Search, Studies, also, complete, importances
 from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
+COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
 _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
 _TRIAL_S = 600.0  # the longest that one measurement may take
@@ -431,7 +432,7 @@ def _search(
 
     def measure(configuration: Configuration, context: int, stage: str) -> Record:
         watch.trial(configuration, context, stage)
-        left = max(30.0, end - time.monotonic())
+        left = max(30.0, end - search.now())
         best = [r.tokens_per_s or 0 for (_, at), r in search.known.items() if at == context and r.outcome == "ok"]
         bar = max(best, default=None) if stage == "search" and request.workload.objective == "end-to-end" else None
         return trials.measure(configuration, context, timeout_s=min(_TRIAL_S, left), stage=stage, bar=bar)
@@ -558,7 +559,7 @@ def _finalists(
     """The chosen configurations, every context of the best load group measured, and the baselines."""
     group = best_group(search.known.values(), search.workload)
     if group is not None:
-        search.deadline += 60  # completing the winner is worth more than one more candidate
+        search.deadline += COMPLETING_S
         complete(search, group)
     chosen, baselines = _choice(search, candidates, reloads)
     if not reloads and len({baseline.load_group for baseline in baselines.values()}) > 1:
@@ -662,7 +663,7 @@ def _bisect(search: Search, lower: tuple[int, Configuration], upper: tuple[int, 
     while right - left > 1:
         middle = (left + right) // 2
         length = lengths[middle]
-        if time.monotonic() + _seconds(search, [(ours, high), (theirs, high)]) > until:
+        if search.now() + _seconds(search, [(ours, high), (theirs, high)]) > until:
             break
         if search.fits(ours, length):
             right = middle

@@ -111,22 +111,24 @@ class Search:
     studies: Studies
     measure: Measure
     fits: Fits
-    deadline: float  # time.monotonic()
+    deadline: float  # as `now` has it
     max_trials: int | None = None
     seed: int = 0
     first: tuple[Configuration, ...] = ()  # measured before the sampler is asked
     known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
     skipped: int = 0
     on_record: Callable[[Record], None] = lambda record: None
+    now: Callable[[], float] = lambda: time.monotonic()
     _asked: tuple[int, Configuration, optuna.Trial] | None = field(default=None, init=False, repr=False)
 
     def run(self) -> None:
         """Measure until time, trials or the space run out."""
         self._random = random.Random(self.seed)
         contexts = list(self.workload.contexts)
-        began, share = time.monotonic(), FIRST_SHARE * (self.deadline - time.monotonic())
+        began = self.now()
+        share = FIRST_SHARE * (self.deadline - began)
         for configuration in self.first:
-            if time.monotonic() - began < share:
+            if self.now() - began < share:
                 self._sow(configuration)
         while contexts and not self._over():
             context = min(contexts, key=lambda c: sum(at == c for _, at in self.known))
@@ -140,8 +142,9 @@ class Search:
         """Measure, per context, the first candidate that fits: what a user would run without tuning."""
         for candidate in candidates:
             for context in self.workload.contexts:
-                known = (candidate, context) in self.known
-                if not known and self.baseline_of(context, candidates) is None and not self.fits(candidate, context):
+                if (candidate, context) in self.known or self.baseline_of(context, candidates) is not None:
+                    continue
+                if not self.too_large(candidate, context):
                     self._measured(candidate, context, "baseline")
 
     def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:
@@ -153,7 +156,7 @@ class Search:
 
     def _over(self) -> bool:
         measured = sum(record.stage == "search" for record in self.known.values())
-        return time.monotonic() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
+        return self.now() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
 
     def _sow(self, chosen: Configuration) -> None:
         """Measure what experience says may win, at every context where it may still."""
@@ -226,6 +229,14 @@ class Search:
                 continue
             if other != configuration:
                 return record.reason
+        return self.too_large(configuration, context)
+
+    def too_large(self, configuration: Configuration, context: int) -> str:
+        """Why it cannot fit: it did not at a shorter context, all of which a longer one holds as well; or the plan."""
+        for shorter in self.workload.contexts:
+            record = self.known.get((configuration, shorter))
+            if shorter < context and record is not None and record.outcome in ("over_budget", "out_of_memory"):
+                return f"at {shorter} tokens: {record.reason}"
         return self.fits(configuration, context)
 
     def _measured(self, configuration: Configuration, context: int, stage: str) -> Record:
@@ -308,6 +319,6 @@ def complete(search: Search, group: LoadGroup) -> None:
 def also(search: Search, configuration: Configuration, context: int) -> str:
     """The outcome of a configuration at a context, measured if there is time and it may fit; nothing if not."""
     known = (configuration, context) in search.known
-    if not known and (time.monotonic() >= search.deadline or search.fits(configuration, context)):
+    if not known and (search.now() >= search.deadline or search.too_large(configuration, context)):
         return ""
     return search.measured(configuration, context).outcome

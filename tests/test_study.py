@@ -21,7 +21,7 @@ from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workloa
 from autotune.policy import best_group, best_in_group
 from autotune.results import RECORD, RunError, open_storage, read_records
 from autotune.space import Space, read_space
-from autotune.study import Search, Studies, complete, importances
+from autotune.study import Search, Studies, also, complete, importances
 
 CONTEXTS = (64, 256)
 BUDGET = Budget(1000 * MIB)
@@ -382,7 +382,7 @@ def test_there_is_no_baseline_where_none_fits_and_it_is_not_tried_again(tmp_path
     search_in(tmp_path, SMALL, first).baseline(BASELINES)
     continued = search_in(tmp_path, SMALL, second)
     continued.baseline(BASELINES)
-    assert len(first.calls) == 4
+    assert len(first.calls) == 2  # at the shorter context only
     assert second.calls == []
     assert continued.baseline_of(64, BASELINES) is None
 
@@ -487,3 +487,25 @@ def test_importances_take_ten_trials_that_were_measured(tmp_path: Path, measured
     told(tmp_path, configurations[:measured])
     told(tmp_path, configurations[:8], remembered=True)
     assert bool(importances(url(tmp_path), "run", (64,))) == enough
+
+
+@pytest.mark.usefixtures("in_memory")
+@pytest.mark.parametrize("outcome", ["out_of_memory", "over_budget"])
+def test_what_did_not_fit_at_a_shorter_context_is_not_tried_at_a_longer_one(tmp_path: Path, outcome: Outcome) -> None:
+    static = BASELINES[1].replace(cache="static")
+    large = [BASELINES[0], static]
+    fake = Fake(lambda c, context: outcome if c in large and context == 64 else "ok")
+    search = search_in(tmp_path, SMALL, fake, first=(static,))
+    search.baseline(BASELINES)
+    search.run()
+    assert {(c, 64) for c in large} <= set(fake.calls)
+    assert not {(c, 256) for c in large} & set(fake.calls)
+    assert (BASELINES[1], 256) in fake.calls
+    assert len(fake.calls) == 2 * 8 - len(large)
+    assert also(search, static, 256) == ""
+
+
+def test_what_does_not_fit_at_a_longer_context_is_tried_at_a_shorter_one(tmp_path: Path) -> None:
+    fake = Fake(lambda c, context: "out_of_memory" if context == 256 else "ok")
+    search_in(tmp_path, SMALL, fake, contexts=(256, 64)).baseline(BASELINES[:1])
+    assert fake.calls == [(BASELINES[0], 256), (BASELINES[0], 64)]
