@@ -20,7 +20,7 @@ from .config import OBJECTIVES, TASK_QUESTIONS, Budget, Workload, mib, parse_byt
 
 if TYPE_CHECKING:
     from .policy import Policy
-    from .run import Request
+    from .request import Request
 
 EXAMPLES = {
     "run": "autotune run --model ./Llama-3-8B --draft ./Llama-3.2-1B --budget 6.5GB --contexts 512,2k,4k",
@@ -379,7 +379,7 @@ def _answer_is_no(text: str) -> click.ClickException:
 def _request(options: dict[str, Any]) -> Request:
     """The options as a checked request."""
     from .plan import PlanError
-    from .run import Request
+    from .request import Request
     from .space import SpaceError, read_space
 
     device = _device(options["device"])

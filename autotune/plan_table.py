@@ -13,7 +13,7 @@ from rich.table import Table
 from . import plan
 from .config import Configuration, mib
 from .report_view import describe
-from .run import Request, check_inputs
+from .request import Request, check_inputs
 
 SHOWN = 24  # rows
 

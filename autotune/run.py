@@ -9,17 +9,17 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 from . import __version__, references
 from . import plan as planning
-from .config import Budget, Configuration, Record, Workload, mib
+from .config import Configuration, Record, Workload, mib
 from .policy import Policy, best_group, choose, make_policy, settle, speedup, write_policy
 from .report import write_report
 from .report_view import RunData
+from .request import Request, check_inputs
 from .results import RunError, frame, read_info, read_records, read_run, storage_url
 from .space import Space
 from .study import Search, Studies, also, complete, importances
@@ -47,29 +47,6 @@ class Watch(Protocol):
 
 class NothingFits(Exception):
     """No configuration fits the budget; the message says by how much and what would."""
-
-
-@dataclass
-class Request:
-    """What a run was asked for."""
-
-    model: Path
-    drafts: list[Path]
-    budget: Budget
-    workload: Workload
-    space: Space
-    space_name: str
-    out: Path
-    timeout_s: float = 600
-    trials: int | None = None
-    storage: str | None = None
-    reloads: bool = False  # whether each context may have a load group of its own
-    seed: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def study(self) -> str:
-        return f"autotune-{self.out.name}"
 
 
 def tune(request: Request, watch: Watch) -> Policy | None:
@@ -101,42 +78,6 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             if "search" in locals():
                 chosen, baselines = _choice(search, candidates, request.reloads)
     return conclude(request.out, chosen, baselines)
-
-
-def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
-    """Shapes of the target and of every draft, checked before anything starts. Raises PlanError."""
-    shapes = {}
-    for folder in [request.model, *request.drafts]:
-        planning.check_folder(folder)
-        shapes[str(folder)] = planning.read_shape(folder)
-    target = shapes[str(request.model)]
-    for draft in request.drafts:
-        if shapes[str(draft)].vocab_size != target.vocab_size:
-            raise planning.PlanError(
-                f"--draft {draft} has a vocabulary of {shapes[str(draft)].vocab_size} tokens, the model has "
-                f"{target.vocab_size}: speculation needs a draft with the model's own tokenizer"
-            )
-        if None not in (words := (_vocabulary(request.model), _vocabulary(draft))) and words[0] != words[1]:
-            raise planning.PlanError(
-                f"--draft {draft} has other tokens than the model: speculation needs a draft with the model's tokenizer"
-            )
-    longest = max(request.workload.contexts) + request.workload.new_tokens
-    if target.max_position_embeddings and longest > target.max_position_embeddings:
-        raise planning.PlanError(
-            f"--contexts {max(request.workload.contexts)} with --new-tokens {request.workload.new_tokens} needs "
-            f"{longest} positions; the model has {target.max_position_embeddings}"
-        )
-    return shapes
-
-
-def _vocabulary(folder: Path) -> Any:
-    """Which token has which number; None where the folder has no tokenizer.json."""
-    try:
-        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise planning.PlanError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
 
 
 def _check_budget(request: Request, shapes: dict[str, planning.ModelShape]) -> None:

@@ -37,6 +37,7 @@ import click
 from autotune import plan, run
 from autotune.config import Budget, Configuration, Record, Workload, mib, parse_tokens
 from autotune.demo import DRAFT, TARGET
+from autotune.request import check_inputs
 from autotune.results import RunError
 from autotune.space import Space, SpaceError, read_space
 from autotune.trial import Trials
@@ -287,7 +288,7 @@ def main(
                 timeout_s=timeout,
                 started=started,
             )
-            shapes = run.check_inputs(request)
+            shapes = check_inputs(request)
             header = {
                 "sweep": 1,
                 "note": note,

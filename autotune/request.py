@@ -1,0 +1,72 @@
+"""What a run is asked for, and what can be said of it before anything starts."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import plan as planning
+from .config import Budget, Workload
+from .space import Space
+
+
+@dataclass
+class Request:
+    """What a run was asked for."""
+
+    model: Path
+    drafts: list[Path]
+    budget: Budget
+    workload: Workload
+    space: Space
+    space_name: str
+    out: Path
+    timeout_s: float = 600
+    trials: int | None = None
+    storage: str | None = None
+    reloads: bool = False  # whether each context may have a load group of its own
+    seed: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def study(self) -> str:
+        return f"autotune-{self.out.name}"
+
+
+def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
+    """Shapes of the target and of every draft, checked before anything starts. Raises PlanError."""
+    shapes = {}
+    for folder in [request.model, *request.drafts]:
+        planning.check_folder(folder)
+        shapes[str(folder)] = planning.read_shape(folder)
+    target = shapes[str(request.model)]
+    for draft in request.drafts:
+        if shapes[str(draft)].vocab_size != target.vocab_size:
+            raise planning.PlanError(
+                f"--draft {draft} has a vocabulary of {shapes[str(draft)].vocab_size} tokens, the model has "
+                f"{target.vocab_size}: speculation needs a draft with the model's own tokenizer"
+            )
+        if None not in (words := (_vocabulary(request.model), _vocabulary(draft))) and words[0] != words[1]:
+            raise planning.PlanError(
+                f"--draft {draft} has other tokens than the model: speculation needs a draft with the model's tokenizer"
+            )
+    longest = max(request.workload.contexts) + request.workload.new_tokens
+    if target.max_position_embeddings and longest > target.max_position_embeddings:
+        raise planning.PlanError(
+            f"--contexts {max(request.workload.contexts)} with --new-tokens {request.workload.new_tokens} needs "
+            f"{longest} positions; the model has {target.max_position_embeddings}"
+        )
+    return shapes
+
+
+def _vocabulary(folder: Path) -> Any:
+    """Which token has which number; None where the folder has no tokenizer.json."""
+    try:
+        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise planning.PlanError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
