@@ -173,7 +173,8 @@ def sweep(
     stamps, contexts = Stamps(), request.workload.contexts
     deadline = request.started + request.timeout_s
     with Trials(str(request.model), request.workload, request.budget, request.out, stamps) as trials:
-        info, space = run._prepare(request, trials, {}, Quiet())
+        identity = {"model": run.fingerprint(request.model)}
+        info, space = run._prepare(request, trials, {"identity": identity}, Quiet())
         names = {str(draft): f"draft{number}" for number, draft in enumerate(request.drafts, 1)}
         paths = {name: path for path, name in names.items()}
         precision = info["environment"]["full_precision"]

@@ -76,7 +76,7 @@ def test_a_deployed_policy_writes_what_the_measured_engine_writes_under_the_rule
         tokens = llm.tokenizer(prompt)["input_ids"]
         assert llm.last.rule.max_context_tokens == limit
         assert (len(tokens) <= 64) == (limit == 64)
-        expected = engine.generate(tokens, llm.policy.configuration(llm.last.rule), 16, stop=llm._stop_tokens())
+        expected = engine.generate(tokens, llm.policy.configuration(llm.last.rule), 16, stop=llm._engine.stop_tokens)
         assert text == llm.tokenizer.decode(expected.tokens, skip_special_tokens=True)
         assert llm.last.generation.tokens == expected.tokens
     assert llm.last.generation.proposed > 0
@@ -170,7 +170,7 @@ def fresh_text(llm: LLM, tokens: list[int], temperature: float = 0.0, seed: int 
     engine = Engine(llm._engine.target, llm._engine.draft, llm._engine.group, "cpu")
     chosen = llm.policy.configuration(llm.policy.rule_for(len(tokens)))
     sampling = Sampling(temperature, seed)
-    return engine.generate(tokens, chosen, 16, sampling=sampling, stop=llm._stop_tokens()).tokens
+    return engine.generate(tokens, chosen, 16, sampling=sampling, stop=llm._engine.stop_tokens).tokens
 
 
 def ids(llm: LLM, text: str) -> list[int]:
@@ -360,7 +360,7 @@ def test_decoding_ends_at_a_stop_string(llm: LLM) -> None:
     assert stream.request.finish_reason == "stop"
     assert len(stream.request.generation.tokens) <= 10
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm, "_stop_tokens", lambda: {tokens[3]})
+        patch.setattr(Engine, "stop_tokens", {tokens[3]})
         llm.generate(prompt)
     assert llm.last.finish_reason == "stop"
     assert llm.last.generation.tokens == tokens[: tokens.index(tokens[3]) + 1]

@@ -128,7 +128,6 @@ def test_a_second_run_neither_loads_nor_scores_the_reference_and_says_the_same(t
     assert first[1]["how"] == "layer by layer from host memory"
     again = scored(tmp_path, (64, 128), noise_at=64)
     assert again[0] == []
-    assert again[1]["took_s"] >= first[1]["took_s"]  # what the next boundary is given time for
     assert {**again[1], "took_s": 0} == {**first[1], "took_s": 0}
 
 
