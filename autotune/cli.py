@@ -140,7 +140,7 @@ def _inputs(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--objective", type=click.Choice(OBJECTIVES), default="end-to-end", show_default=True),
         click.option("--trials", type=click.IntRange(min=1), help="Stop after this many measurements."),
-        click.option("--timeout", type=_Duration(), default="12m", show_default=True, help="Time for the whole run."),
+        click.option("--timeout", type=_Duration(), default="13m", show_default=True, help="Time for the whole run."),
         click.option("--device", metavar="cuda:N|cpu", help="Default: the first GPU, else the CPU."),
         click.option("--storage", metavar="URL", help="Any URL that Optuna takes. Default: study.db in the folder."),
         click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: results/MODEL-BUDGET."),
