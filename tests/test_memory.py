@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autotune.engine.load import load_model, quantize_linear
-from autotune.measure.memory import module_bytes
+from autotune.measure.memory import module_bytes, out_of_memory
 
 PRELUDE = """
 import ctypes, mmap, time
@@ -175,3 +175,19 @@ def test_shared_memory_escapes_the_limit_but_not_the_peak() -> None:
         print(meter.peaks()["peak_bytes"] > meter.budget)
     """)
     assert said == ["True"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError("no room"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("unable to mmap 14696792 bytes from file <m>: Cannot allocate memory (12)"), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("can't allocate memory"), False),
+        (None, False),
+    ],
+)
+def test_an_allocation_that_failed_is_told_from_other_errors(error: BaseException | None, expected: bool) -> None:
+    assert out_of_memory(error) == expected

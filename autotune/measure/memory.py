@@ -117,7 +117,8 @@ def out_of_memory(error: BaseException | None) -> bool:
     """Whether an exception says that an allocation failed, on the GPU or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    words = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+    # the allocator's words, the operating system's (a file that cannot be mapped), and C++'s
+    words = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
