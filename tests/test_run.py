@@ -46,7 +46,9 @@ choices = ["dynamic", "static", "quantized-8"]
 """
 # How steady this machine is now is not the question here; three rounds each, and finalists once again, will do.
 CLI = """
+import signal
 from autotune import run, trial
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 trial.STABLE, trial.BUSY, trial._LOOK, trial._CARE, run.FINAL_ROUNDS = 100.0, 1.0, (1, 0.0), (2, 0.0), 1
 from autotune.cli import main
 main()
