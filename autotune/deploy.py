@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import sys
 import threading
 import traceback
@@ -186,11 +187,15 @@ class LLM:
         self.policy, self.device = policy, device
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="autotune")
         self._tokenizing = threading.Lock()  # a fast tokenizer can be borrowed by one thread at a time
-        self._meter = Meter(device, policy.budget_bytes)
         self.tokenizer = AutoTokenizer.from_pretrained(policy.model.path, local_files_only=True)
         self._group: LoadGroup | None = None
-        self._ready(policy.rules[-1])
+        self._decoding.submit(self._begin).result()
         self._vocabulary = int(self._engine.target.config.get_text_config(decoder=True).vocab_size)
+
+    def _begin(self) -> None:
+        """On the thread that decodes, whose current device the meter sets."""
+        self._meter = Meter(self.device, self.policy.budget_bytes)
+        self._ready(self.policy.rules[-1])
 
     def _ready(self, rule: Rule) -> None:
         """Hold what the rule loads. What was held before goes first, so that the budget holds."""
@@ -326,6 +331,8 @@ def deploy(policy: str | Path | Policy, device: str | None = None) -> LLM:
         raise PolicyError(f"the policy's model folder {loaded.model.path} does not exist: edit model.path")
     for model in [loaded.model, *loaded.drafts]:
         _check_files(model)
+    if not torch.cuda.is_initialized():  # as the policy was measured: see trial.WorkerProcess
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return LLM(loaded, device)
 
 

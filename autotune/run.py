@@ -472,7 +472,8 @@ def _stock(full_precision: str, space: Space) -> list[Configuration]:
     words = [full_precision, "bnb-nf4"]
     if "checkpoint" in space.choices["weights"]:
         words = ["checkpoint"]
-    attention = "sdpa" if "sdpa" in space.choices["attention"] else space.choices["attention"][0]
+    lost = any((knob, word) == ("attention", "sdpa") for knob, word, _ in space.dropped)
+    attention = "eager" if lost else "sdpa"  # as transformers itself goes on where a model has no sdpa
     lm_head = full_precision if words[0] == full_precision else Configuration.lm_head
     stock = [Configuration(weights=word, lm_head=lm_head, attention=attention) for word in words]
     return [*stock, stock[-1].replace(lm_head="nf4")] if len(stock) > 1 else stock

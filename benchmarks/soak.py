@@ -125,6 +125,7 @@ def start_witness(device: str) -> Witness:
     if device.startswith("cuda"):
         import torch
 
+        torch.zeros(1, device=device)  # NVML lists a process once it has a context, which it then has to count
         uuid = f"GPU-{str(torch.cuda.get_device_properties(device).uuid).removeprefix('GPU-')}"
     witness = Witness(os.getpid(), uuid)
     witness.start()

@@ -191,3 +191,15 @@ def test_shared_memory_escapes_the_limit_but_not_the_peak() -> None:
 )
 def test_an_allocation_that_failed_is_told_from_other_errors(error: BaseException | None, expected: bool) -> None:
     assert out_of_memory(error) == expected
+
+
+@pytest.mark.gpu
+def test_kernels_go_to_the_capped_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    last = torch.cuda.device_count() - 1
+    (current,) = in_a_process(f"""
+        Meter("cuda:{last}", None)
+        print(torch.cuda.current_device())
+    """)
+    assert int(current) == last

@@ -413,6 +413,13 @@ def test_the_baseline_of_a_quantized_checkpoint_is_the_checkpoint() -> None:
     assert space.parameters(stock) is not None
 
 
+def test_the_baseline_is_stock_whatever_the_space_holds() -> None:
+    space = Space({**SMALL.choices, "attention": ("split_kv",)})
+    assert {c.attention for c in run._stock("bf16", space)} == {"sdpa"}
+    lost = Space({**SMALL.choices, "attention": ("eager",)}, dropped=(("attention", "sdpa", "the model has none"),))
+    assert {c.attention for c in run._stock("bf16", lost)} == {"eager"}
+
+
 def winner_at_64(folder: Path, measure: Fake, winners: list[Configuration], **options: Any) -> Search:
     """A search that knows some configurations at the short context only."""
     search = search_in(folder, MIXED, measure, **options)

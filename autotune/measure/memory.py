@@ -27,7 +27,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 class Meter:
-    """Holds this process to `budget_bytes` on `device`, and reads its peaks."""
+    """Holds this process to `budget_bytes` on `device`, which becomes the thread's current one, and reads its peaks."""
 
     def __init__(self, device: str, budget_bytes: int | None):
         self.device, self.budget = device, budget_bytes
@@ -41,6 +41,8 @@ class Meter:
         if not self.is_cuda:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
         if self.is_cuda:
+            # Kernels that do not ask where their tensors are go to the current device, and would make a context there.
+            torch.cuda.set_device(device)
             torch.zeros(1, device=device)  # creates the CUDA context
             torch.cuda.synchronize(device)
         self.base_bytes = self._outside()
