@@ -519,7 +519,7 @@ def _print_policy(policy: Policy, console: Any) -> None:
     """What was chosen per context, for a person."""
     from rich.table import Table
 
-    from .export import load_text, settings_text
+    from .export import load_text, settings_text, task_text
 
     table = Table(title=f"load: {load_text(policy.load)}", title_justify="left", header_style="bold")
     for column in ("up to", "settings", "tokens/s", "baseline", "times", "peak of budget", "quality loss"):
@@ -543,7 +543,7 @@ def _print_policy(policy: Policy, console: Any) -> None:
             f"{base.expected.tokens_per_s:.1f}" if base else stocks,
             "tie" if rule.tie else f"{rule.speedup:.2f}" if rule.speedup else "-",
             f"{mib(expected.peak_bytes)} ({expected.peak_bytes / policy.budget_bytes:.0%})",
-            loss,
+            loss + task_text(expected),
         )
     console.print(table)
     for rule in policy.rules:

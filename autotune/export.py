@@ -251,7 +251,7 @@ def as_markdown(policy: Policy) -> str:
             _rate(base.expected) if base else "does not fit",
             _speedup(rule),
             f"{mib(rule.expected.peak_bytes)} ({rule.expected.peak_bytes / policy.budget_bytes:.0%})",
-            _loss(rule.expected),
+            _loss(rule.expected) + task_text(rule.expected),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     versions = ", ".join(f"{library} {version}" for library, version in environment.get("versions", {}).items())
@@ -284,6 +284,13 @@ def _speedup(rule: Rule) -> str:
     if rule.speedup_interval is not None:
         text += " ({:.2f} to {:.2f})".format(*rule.speedup_interval)
     return text + (", a tie" if rule.tie else "")
+
+
+def task_text(expected: Expected) -> str:
+    """What a task's answers came to, after the quality loss, for a person; nothing where there was none."""
+    if expected.task_f1 is None or expected.task_loss is None:
+        return ""
+    return f", F1 {expected.task_f1:.0%} ({-100 * expected.task_loss:+.1f} points)"
 
 
 def _loss(expected: Expected) -> str:

@@ -33,6 +33,7 @@ from .config import (
 )
 
 SCHEMA_VERSION = 1
+TASK_FIGURES = ("task_exact_match", "task_f1", "task_f1_interval", "task_loss")
 SCHEMA_FILE = Path(__file__).parent / "policy.schema.json"
 TIE = 0.97  # a simpler configuration must reach this share of the best rate to be called a tie
 
@@ -116,6 +117,10 @@ class Expected(_Model):
     perplexity_ratio: float | None = None
     perplexity_ratio_interval: tuple[float, float] | None = None
     acceptance: float | None = None
+    task_exact_match: float | None = None
+    task_f1: float | None = None
+    task_f1_interval: tuple[float, float] | None = None
+    task_loss: float | None = None  # points of F1 below the reference's own answers
 
 
 class Unrestricted(_Model):
@@ -592,6 +597,7 @@ def settings_of(configuration: Configuration) -> Settings:
 def expected_of(evidence: list[Record]) -> Expected:
     """Medians; the rate's over the rounds of all records together, with its interval; the highest footprint of any."""
     with_quality = next((r for r in evidence if r.perplexity_ratio is not None), evidence[0])
+    with_task = next((r for r in evidence if r.task_f1 is not None), evidence[0])
 
     def middle(name: str) -> float:
         return float(statistics.median(getattr(record, name) for record in evidence))
@@ -612,4 +618,5 @@ def expected_of(evidence: list[Record]) -> Expected:
         perplexity_ratio=with_quality.perplexity_ratio,
         perplexity_ratio_interval=with_quality.perplexity_ratio_interval,
         acceptance=evidence[0].acceptance,
+        **{name: getattr(with_task, name) for name in TASK_FIGURES},
     )

@@ -21,13 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib
+from .config import MIB, Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib
 
 STARTUP_S = 300.0
 LOAD_S = 900.0
 STABLE = 0.5  # standard deviation of the rounds' rates, relative to their median, above which a figure is no figure
 BUSY = 0.25  # share of the time in which others kept the processors, or the GPU, from a measurement that counts
 _LOOK, _CARE = (2, 6.0), (2, 10.0)  # least rounds and seconds of them: while searching, and for finalists
+SPILL = 256 * MIB  # a CUDA context's size is known only so well where NVML does not tell it
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
 WORKER = (sys.executable, "-m", "autotune.worker")
 
@@ -328,7 +329,8 @@ class Trials:
         seen = max(answer["peak_bytes"], worker.witness.peak, self._load_peak)
         answer |= {"peak_bytes": seen, "witness": worker.witness.instrument}
         answer |= (known or {}) | (answered or {})
-        outcome, reason = self._judge(answer, answer.pop("wrong_output"), answer.pop("drift", 1.0))
+        hidden = _spilled(answer, worker.witness.peak)
+        outcome, reason = self._judge(answer, answer.pop("wrong_output"), answer.pop("drift", 1.0), hidden)
         record = Record(configuration, context, outcome, reason, stage=stage, **answer)
         self.learn(record)
         return record
@@ -355,11 +357,16 @@ class Trials:
         self._load_peak = max(answer["peak_bytes"], self._worker.witness.peak)
         return self._worker
 
-    def _judge(self, figures: dict[str, Any], wrong: str, drift: float = 1.0) -> tuple[Outcome, str]:
+    def _judge(self, figures: dict[str, Any], wrong: str, drift: float = 1.0, spilled: int = 0) -> tuple[Outcome, str]:
         """The outcome of a measurement that ran, by measured constraints in the order of their gravity."""
         peak, ratio = figures["peak_bytes"], figures.get("perplexity_ratio")
         if peak > self.budget.bytes:
             return "over_budget", f"held {mib(peak)} at its peak, {mib(peak - self.budget.bytes)} over the budget"
+        if spilled:
+            return (
+                "over_budget",
+                f"{mib(spilled)} of its allocations were not on the device: they spilled to host memory",
+            )
         if wrong:
             return "wrong_output", wrong
         if ratio is not None and not ratio <= 1 + self.workload.max_quality_loss:
@@ -380,6 +387,17 @@ def lost_answers(loss: float | None, interval: tuple[float, float] | None, workl
         f"answers to the task are {100 * loss:.1f} points of F1 below the reference's (95 % interval {low:.1f} to "
         f"{high:.1f}); the limit is {100 * workload.max_task_loss:.1f}"
     )
+
+
+def _spilled(figures: dict[str, Any], witnessed: int) -> int:
+    """Bytes that PyTorch's allocator had reserved on the device, and that the device did not hold.
+
+    Drivers for Windows, and so for WSL, move what does not fit to the host's memory and let the program go on, slowly
+    (NVIDIA, "System Memory Fallback"). Memory that another process gave back meanwhile looks the same where only the
+    whole device can be seen; less than SPILL says nothing.
+    """
+    missing = (figures.get("peak_reserved_bytes") or 0) + figures.get("base_bytes", 0) - witnessed
+    return missing if figures.get("peak_reserved_bytes") and missing > SPILL else 0
 
 
 def _unsteady(figures: dict[str, Any], drift: float) -> str:

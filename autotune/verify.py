@@ -203,7 +203,9 @@ def _rule_verdicts(rule: Rule, record: Record, budget: int, workload: Workload) 
     held = mib(record.peak_bytes) if record.peak_bytes else f"{record.outcome}: {record.reason}"
     if expected.peak_bytes > max(budget, record.peak_bytes or 0):
         held += f"; {mib(expected.peak_bytes)} when it was measured"
-    held += f", {mib(peak - budget)} over" if peak > budget else ""
+    held += (
+        f", {mib(peak - budget)} over" if peak > budget else f"; {record.reason}" if short and record.peak_bytes else ""
+    )
     verdicts = [Verdict(f"{name}: footprint", peak <= budget and not short, f"within {mib(budget)}", held)]
     if record.tokens_per_s is None:
         if not short:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from autotune.cli import _print_policy
 from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workload
+from autotune.export import as_markdown
 from autotune.policy import (
     SCHEMA_FILE,
     Evidence,
@@ -27,6 +29,7 @@ from autotune.policy import (
     best_group,
     best_in_group,
     choose,
+    expected_of,
     load_of,
     make_policy,
     read_policy,
@@ -828,3 +831,20 @@ def test_between_whole_degrees_of_freedom_the_quantile_is_never_below_the_next_o
             assert 0.99 * below <= _t95(low + part * (high - low)) <= above * 1.0001
     assert _t95(1.6) >= 5.9  # the true quantile there
     assert _t95(2.5) >= 3.55
+
+
+def test_a_task_is_stated_by_the_first_record_that_was_asked() -> None:
+    plain = synthetic_record(FAST, 512)
+    figures: dict[str, Any] = {
+        "task_exact_match": 0.25,
+        "task_f1": 0.64,
+        "task_f1_interval": (0.5, 0.78),
+        "task_loss": 0.012,
+    }
+    expected = expected_of([plain, dataclasses.replace(plain, **figures)])
+    assert {name: getattr(expected, name) for name in figures} == figures
+    assert expected_of([plain]).task_f1 is None
+    policy = of_one_load()
+    policy.rules[0].expected = expected
+    assert "F1 64% (-1.2 points)" in printed(policy)
+    assert as_markdown(policy).count("F1 64% (-1.2 points)") == 1

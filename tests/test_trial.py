@@ -232,6 +232,8 @@ def test_the_death_of_the_parent_takes_a_busy_worker_with_it(plant: Plant, tmp_p
         ({"spread": 0.51}, "unstable", "10.0 tokens/s, but rounds vary by 51%"),
         ({"spread": 0.5}, "ok", ""),
         ({"tokens_per_s_interval": None}, "ok", ""),
+        ({"peak_reserved_bytes": 400 * MIB}, "over_budget", "were not on the device: they spilled to host memory"),
+        ({"peak_reserved_bytes": 200 * MIB}, "ok", ""),
     ],
 )
 def test_a_measurement_is_judged_by_footprint_then_text_then_quality_then_steadiness(

@@ -19,7 +19,7 @@ from conftest import synthetic_record
 
 from autotune import trial, verify
 from autotune.cli import main
-from autotune.config import MIB, Configuration, Record, Workload
+from autotune.config import MIB, Configuration, Record, Workload, mib
 from autotune.demo import DRAFT, TARGET
 from autotune.engine.load import full_precision
 from autotune.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
@@ -259,6 +259,13 @@ def test_another_text_or_an_unsteady_rate_fails_with_the_reason(
 ) -> None:
     measures[64] = synthetic_record(Configuration(), 64, (100.0,) * 3, ratio=1.01, outcome=outcome, reason="it differs")
     assert failures(ask(tmp_path, policy(), "--json")) == {f"up to 64: {outcome}": "it differs"}
+
+
+def test_what_spilled_to_host_memory_fails_with_the_reason(measures: dict[int, Record], tmp_path: Path) -> None:
+    record = synthetic_record(Configuration(), 64, (100.0,) * 3, ratio=1.01, outcome="over_budget", reason="it spilled")
+    measures[64] = record
+    held = f"{mib(record.peak_bytes or 0)}; it spilled"
+    assert failures(ask(tmp_path, policy(), "--json")) == {"up to 64: footprint": held}
 
 
 def test_a_draft_that_changed_fails_and_files_that_were_not_hashed_are_not_compared(
