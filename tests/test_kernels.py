@@ -13,9 +13,13 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from tiny_models import tiny, tokens
+
+from autotune.engine.embedding import HostEmbedding, lock_pages
 from autotune.engine.fusion import half_turned
-from autotune.engine.kernels import append, normalize, rotate, unpack
+from autotune.engine.kernels import append, gather, normalize, rotate, unpack
 from autotune.engine.linear import TILE, unpack_slowly
+from autotune.engine.load import Unsupported
 
 
 @pytest.mark.parametrize("columns", [1, 6])
@@ -29,6 +33,31 @@ def test_unpacked_weights_are_those_of_the_slow_way(columns: int) -> None:
     # the interpreter cuts bfloat16 off where a GPU rounds
     tolerance = 0 if DEVICE == "cuda" else 2**-7
     torch.testing.assert_close(unpack(packed, part, places, TILE), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("width", [96, 2500])
+def test_gathered_rows(width: int) -> None:
+    table = torch.randn(7, 2 * width).bfloat16()[:, :width]
+    ids = torch.tensor([6, 0, 6, 3])
+    assert torch.equal(gather(table.to(DEVICE), ids.to(DEVICE)).cpu(), table[ids])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_table_in_host_memory_is_read_as_the_model_reads_it(family: str) -> None:
+    table = tiny(family).bfloat16().get_input_embeddings()
+    ids = torch.tensor(tokens(5))
+    expected = table(ids)
+    if DEVICE == "cuda":
+        lock_pages(table, "cuda:0")
+    assert torch.equal(HostEmbedding(table)(ids.to(DEVICE)).cpu(), expected)
+
+
+def test_a_table_that_does_more_than_look_up_is_refused() -> None:
+    class Normed(torch.nn.Embedding):
+        pass
+
+    with pytest.raises(Unsupported, match="cannot look up in a Normed"):
+        HostEmbedding(Normed(3, 4))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

@@ -127,7 +127,7 @@ class Recordings:
 
 @dataclass(frozen=True)
 class _Step:
-    inputs: torch.Tensor  # token ids [1, n], or their embeddings [1, n, hidden]
+    tokens: torch.Tensor  # ids [n]
     replay: Callable[[], torch.Tensor]  # returns logits [n, vocab], overwritten by the next replay
 
 
@@ -177,30 +177,24 @@ class StepRunner(Runner):
         if size not in self.steps:
             self.steps[size] = self._record(size)
         step = self.steps[size]
-        source = tokens if self.host_embeddings is None else self.host_embeddings(tokens.cpu())
-        step.inputs[0, :count].copy_(source, non_blocking=True)
+        step.tokens[:count].copy_(tokens)
         logits = step.replay()
         advance(self.cache, count)
         return logits[count - keep if keep else 0 : count]
 
     def _record(self, size: int) -> _Step:
-        if self.host_embeddings is None:
-            inputs = torch.zeros((1, size), dtype=torch.int64, device=self.device)
-        else:
-            width = self.model.config.get_text_config(decoder=True).hidden_size
-            inputs = torch.zeros((1, size, width), dtype=self.model.dtype, device=self.device)
-        name = "input_ids" if self.host_embeddings is None else "inputs_embeds"
+        tokens = torch.zeros(size, dtype=torch.int64, device=self.device)
         forward = torch.compile(self.model.forward, dynamic=False) if self.launch == "compile" else self.model.forward
 
         def run() -> torch.Tensor:
             with lengths_on_device(self.cache, self.lengths), self.fusion():
-                output = forward(**{name: inputs}, past_key_values=self.cache, use_cache=True)
+                output = forward(**self.inputs(tokens), past_key_values=self.cache, use_cache=True)
             return output.logits[0]  # type: ignore[no-any-return]
 
         if self.launch == "eager" or self.device == "cpu":
-            return _Step(inputs, run)
+            return _Step(tokens, run)
         self._warm_up(run)
-        return _Step(inputs, self._capture(run))
+        return _Step(tokens, self._capture(run))
 
     def _warm_up(self, run: Callable[[], torch.Tensor]) -> None:
         """Run the step where it will run again, so that whatever is made on first use exists before the recording."""

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 _TILES = 4  # tiles that one program unpacks
+_GATHERED = 1024  # channels of a row that one program copies
 
 
 def unpack(packed: torch.Tensor, scale_zero: torch.Tensor, places: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
@@ -35,6 +36,14 @@ def unpack(packed: torch.Tensor, scale_zero: torch.Tensor, places: torch.Tensor,
         TILES=_TILES,
     )
     return weights
+
+
+def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The rows [n, width] of `table` [rows, width], which may lie in locked host memory, that `ids` [n] name."""
+    width = table.shape[1]
+    rows = torch.empty((len(ids), width), dtype=table.dtype, device=ids.device)
+    _gather[(len(ids), triton.cdiv(width, _GATHERED))](table, ids, rows, table.stride(0), width, BLOCK=_GATHERED)
+    return rows
 
 
 def normalize(states: torch.Tensor, weight: torch.Tensor, offset: float, epsilon: float) -> torch.Tensor:
@@ -145,6 +154,14 @@ def _unpack(
         zero = tl.load(pair + 1, mask=inside, other=0).to(tl.float32)
         weight = (code - 8).to(tl.float32) * scale + zero
         tl.store(weights + index, weight.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _gather(table, ids, rows, stride, width, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(table + tl.load(ids + token) * stride + channel, mask=channel < width)
+    tl.store(rows + token * width + channel, row, mask=channel < width)
 
 
 @triton.jit

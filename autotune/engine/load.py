@@ -95,6 +95,10 @@ def load_model(
     leftovers = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if leftovers:
         raise Unsupported(f"the checkpoint has no tensor for {leftovers[0]} ({len(leftovers)} missing in all)")
+    if embeddings == "host" and device != "cpu":
+        from .embedding import lock_pages
+
+        lock_pages(embedding, device)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 

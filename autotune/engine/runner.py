@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .cache import Mark, make_cache, mark, resume, rollback, room, settle
+from .embedding import HostEmbedding
 
 
 class Runner:
@@ -22,7 +23,7 @@ class Runner:
         self.cache: Cache = make_cache(cache, model.config, capacity, device, spare)
         self.held: list[int] = []  # the tokens that the cache is known to hold, between requests
         self.mark: Mark | None = None
-        self.host_embeddings = model.get_input_embeddings() if embeddings == "host" and device != "cpu" else None
+        self.embed = HostEmbedding(model.get_input_embeddings()) if embeddings == "host" and device != "cpu" else None
 
     @property
     def room(self) -> int:
@@ -33,11 +34,14 @@ class Runner:
         return self._forward(tokens, keep)
 
     def _forward(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
-        inputs = {"input_ids": tokens[None]}
-        if self.host_embeddings is not None:
-            inputs = {"inputs_embeds": self.host_embeddings(tokens.cpu())[None].to(self.device)}
-        output = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        output = self.model(**self.inputs(tokens), past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
         return output.logits[0]  # type: ignore[no-any-return]
+
+    def inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model is given for `tokens` [n]."""
+        if self.embed is None:
+            return {"input_ids": tokens[None]}
+        return {"inputs_embeds": self.embed(tokens)[None]}
 
     def prefill(
         self,
