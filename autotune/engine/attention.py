@@ -311,13 +311,8 @@ def _part(
         if SLIDING > 0:
             seen = seen & (at[None, :] > position[:, None] - SLIDING)
         scores = tl.where(seen, scores, float("-inf"))
-        highest = tl.maximum(maximum, tl.max(scores, 1))
-        safe = tl.where(highest == float("-inf"), 0.0, highest)  # rows that see nothing here
-        weights = tl.exp2(scores - safe[:, None])
-        rescale = tl.exp2(maximum - safe)
-        total = total * rescale + tl.sum(weights, 1)
+        weights, rescale, maximum, total = _softmax(scores, maximum, total)
         result = result * rescale[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        maximum = highest
 
     out = (head * PARTS + part) * ROWS + row
     tl.store(statistics_ptr + out, maximum)
@@ -327,31 +322,42 @@ def _part(
 
 
 @triton.jit
-def _centred(codes, like):
-    """4-bit codes less 8, in the type of `like`. In bfloat16, 128 + code is a matter of bits."""
+def _offset(codes, like):
+    """4-bit codes plus OFFSET, in the type of `like`. In bfloat16, 128 + code is a matter of bits."""
     if like.dtype == tl.bfloat16:
-        result = (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
-        result = result.to(tl.bfloat16)
+        result = (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
     else:
-        result = codes.to(like.dtype) - 8.0
+        result = codes.to(like.dtype) + 128.0
     return result
 
 
 @triton.jit
 def _scaled(query, scale_ptr, minimum_ptr, inside):
-    """The query times a group's scales, and its product with what the centred codes lack."""
+    """The query times a group's scales, and what its product with the offset codes lacks."""
     scale = tl.load(scale_ptr, mask=inside, other=0.0).to(tl.float32)
-    lack = tl.load(minimum_ptr, mask=inside, other=0.0).to(tl.float32) + 8.0 * scale
+    minimum = tl.load(minimum_ptr, mask=inside, other=0.0).to(tl.float32)
     wide = query.to(tl.float32)
-    return (wide * scale[None, :]).to(query.dtype), tl.sum(wide * lack[None, :], 1)
+    scaled = (wide * scale[None, :]).to(query.dtype)
+    return scaled, tl.sum(wide * minimum[None, :] - 128.0 * scaled.to(tl.float32), 1)
 
 
 @triton.jit
-def _weighted(weights, scale_ptr, minimum_ptr, some):
-    """The weights times each token's scale, and the sum of what the centred codes lack."""
-    scale = tl.load(scale_ptr, mask=some, other=0.0).to(tl.float32)
-    lack = tl.load(minimum_ptr, mask=some, other=0.0).to(tl.float32) + 8.0 * scale
-    return weights * scale[None, :], tl.sum(weights * lack[None, :], 1)
+def _weighted(weights, scale_ptr, minimum_ptr, like):
+    """The weights times each token's scale, and what their product with the offset codes lacks."""
+    scale = tl.load(scale_ptr).to(tl.float32)
+    minimum = tl.load(minimum_ptr).to(tl.float32)
+    scaled = (weights * scale[None, :]).to(like.dtype)
+    return scaled, tl.sum(weights * minimum[None, :] - 128.0 * scaled.to(tl.float32), 1)
+
+
+@triton.jit
+def _softmax(scores, maximum, total):
+    """The weights of a block of scores, what earlier results are to be multiplied by, and the new statistics."""
+    highest = tl.maximum(maximum, tl.max(scores, 1))
+    safe = tl.where(highest == float("-inf"), 0.0, highest)  # rows that see nothing here
+    weights = tl.exp2(scores - safe[:, None])
+    rescale = tl.exp2(maximum - safe)
+    return weights, rescale, highest, total * rescale + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -387,7 +393,8 @@ def _part_int4(
 ):
     """As `_part`, for 4 bits: the two codes of a byte belong to the two halves of a token's channels.
 
-    A group's scales multiply the query, and a token's scales its weight, so that of each code only 8 is subtracted.
+    A group's scales multiply the query, and a token's scales its weight, so that codes enter the products as they are.
+    Stored blocks are whole and older than every query: without a sliding window none of them is masked.
     """
     HALF: tl.constexpr = DIM // 2
     head = tl.program_id(0).to(tl.int64)
@@ -403,7 +410,6 @@ def _part_int4(
     query_low = tl.load(query_ptr + query_row[:, None] + half[None, :], mask=used, other=0.0)
     query_high = tl.load(query_ptr + query_row[:, None] + half[None, :] + HALF, mask=used, other=0.0)
     begin, stop, window_begin = _range(held, stored_ptr, part, COUNT, PARTS, KIND, SLIDING, BLOCK)
-    newest = part == PARTS - 1
     keys_ptr += head * slots * DIM
     values_ptr += head * slots * DIM
     key_codes_ptr += head * capacity * HALF
@@ -418,54 +424,52 @@ def _part_int4(
     total = tl.zeros([ROWS], tl.float32)
     result_low = tl.zeros([ROWS, PADDED // 2], tl.float32)
     result_high = tl.zeros([ROWS, PADDED // 2], tl.float32)
-    for start in range(begin, stop, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        some = at < stop
-        ok = some[:, None] & inside[None, :]
-        recent = (at - window_begin)[:, None] * DIM + half[None, :]
-        stored = at[:, None] * HALF + half[None, :]
-        if newest:
+    if part == PARTS - 1:
+        for start in range(begin, stop, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            some = at < stop
+            ok = some[:, None] & inside[None, :]
+            recent = (at - window_begin)[:, None] * DIM + half[None, :]
             low = tl.load(keys_ptr + recent, mask=ok, other=0.0)
             high = tl.load(keys_ptr + recent + HALF, mask=ok, other=0.0)
             scores = tl.dot(query_low, tl.trans(low), input_precision="ieee")
             scores += tl.dot(query_high, tl.trans(high), input_precision="ieee")
-        else:
+            seen = (at[None, :] <= position[:, None]) & some[None, :]
+            if SLIDING > 0:
+                seen = seen & (at[None, :] > position[:, None] - SLIDING)
+            scores = tl.where(seen, scores * scale, float("-inf"))
+            weights, rescale, maximum, total = _softmax(scores, maximum, total)
+            low = tl.load(values_ptr + recent, mask=ok, other=0.0)
+            high = tl.load(values_ptr + recent + HALF, mask=ok, other=0.0)
+            result_low = result_low * rescale[:, None]
+            result_high = result_high * rescale[:, None]
+            result_low += tl.dot(weights.to(low.dtype), low, input_precision="ieee")
+            result_high += tl.dot(weights.to(high.dtype), high, input_precision="ieee")
+    else:
+        for start in range(begin, stop, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            stored = at[:, None] * HALF + half[None, :]
             group = start // BLOCK * DIM + half
-            codes = tl.load(key_codes_ptr + stored, mask=ok, other=0)
+            codes = tl.load(key_codes_ptr + stored, mask=inside[None, :], other=0)
             scaled_low, rest_low = _scaled(query_low, key_scale_ptr + group, key_minimum_ptr + group, inside)
             scaled_high, rest_high = _scaled(
                 query_high, key_scale_ptr + group + HALF, key_minimum_ptr + group + HALF, inside
             )
-            scores = tl.dot(scaled_low, tl.trans(_centred(codes & 15, query_low)), input_precision="ieee")
-            scores += tl.dot(scaled_high, tl.trans(_centred(codes >> 4, query_low)), input_precision="ieee")
-            scores += (rest_low + rest_high)[:, None]
-        seen = (at[None, :] <= position[:, None]) & some[None, :]
-        if SLIDING > 0:
-            seen = seen & (at[None, :] > position[:, None] - SLIDING)
-        scores = tl.where(seen, scores * scale, float("-inf"))
-        highest = tl.maximum(maximum, tl.max(scores, 1))
-        safe = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(scores - safe[:, None])
-        rescale = tl.exp2(maximum - safe)
-        total = total * rescale + tl.sum(weights, 1)
-        maximum = highest
-        result_low *= rescale[:, None]
-        result_high *= rescale[:, None]
-        if newest:
-            low = tl.load(values_ptr + recent, mask=ok, other=0.0)
-            high = tl.load(values_ptr + recent + HALF, mask=ok, other=0.0)
-            result_low += tl.dot(weights.to(low.dtype), low, input_precision="ieee")
-            result_high += tl.dot(weights.to(high.dtype), high, input_precision="ieee")
-        else:
-            codes = tl.load(value_codes_ptr + stored, mask=ok, other=0)
+            scores = tl.dot(scaled_low, tl.trans(_offset(codes & 15, query_low)), input_precision="ieee")
+            scores += tl.dot(scaled_high, tl.trans(_offset(codes >> 4, query_low)), input_precision="ieee")
+            scores = (scores + (rest_low + rest_high)[:, None]) * scale
+            if SLIDING > 0:
+                scores = tl.where(at[None, :] > position[:, None] - SLIDING, scores, float("-inf"))
+            weights, rescale, maximum, total = _softmax(scores, maximum, total)
+            codes = tl.load(value_codes_ptr + stored, mask=inside[None, :], other=0)
             first = at * groups
-            scaled_low, rest_low = _weighted(weights, value_scale_ptr + first, value_minimum_ptr + first, some)
+            scaled_low, rest_low = _weighted(weights, value_scale_ptr + first, value_minimum_ptr + first, query_low)
             last = first + groups - 1
-            scaled_high, rest_high = _weighted(weights, value_scale_ptr + last, value_minimum_ptr + last, some)
-            low = _centred(codes & 15, query_low)
-            high = _centred(codes >> 4, query_low)
-            result_low += tl.dot(scaled_low.to(low.dtype), low, input_precision="ieee") + rest_low[:, None]
-            result_high += tl.dot(scaled_high.to(high.dtype), high, input_precision="ieee") + rest_high[:, None]
+            scaled_high, rest_high = _weighted(weights, value_scale_ptr + last, value_minimum_ptr + last, query_low)
+            result_low = result_low * rescale[:, None] + rest_low[:, None]
+            result_high = result_high * rescale[:, None] + rest_high[:, None]
+            result_low += tl.dot(scaled_low, _offset(codes & 15, query_low), input_precision="ieee")
+            result_high += tl.dot(scaled_high, _offset(codes >> 4, query_low), input_precision="ieee")
 
     out = (head * PARTS + part) * ROWS + row
     tl.store(statistics_ptr + out, maximum)
