@@ -2,8 +2,8 @@
 # (the arguments of a Triton kernel are pointers and numbers of the device: they have no Python type)
 """A product of a few tokens with 4-bit weights, whose time is that of reading the weights once.
 
-A weight is (16 + code) * scale + zero, rounded once to bfloat16, with a scale and a zero for GROUP weights along the
-input. 16 + code is a bfloat16 number whose mantissa holds the code's bits: a shift and a mask make two of them, a
+A weight is (16 + code) * scale + zero, rounded once to bfloat16, with a scale and a zero for INT4_GROUP weights along
+the input. 16 + code is a bfloat16 number whose mantissa holds the code's bits: a shift and a mask make two of them, a
 multiply-add two weights. Nothing has to move between threads for that, since the weights are packed to suit: a 16-bit
 word holds the codes of one output at four inputs that lie PLANE apart, and so each of its four planes goes into a
 tensor core's product of its own.
@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-GROUP = 128  # weights along the input that share a scale and a zero
+from .linear import INT4_GROUP
+
 ROWS = 16  # tokens that one program multiplies at most
 _NARROW = 32  # the fewest outputs of a program
 _MOST = 128  # tokens of one call
@@ -31,9 +32,8 @@ def plane(columns: int) -> int:
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """Words, int16 [blocks, outputs, PLANE], of codes 0 to 15, uint8 [outputs, inputs]; a block is 4 * PLANE inputs."""
-    planes = codes.to(torch.int32).unflatten(1, (-1, 4, plane(codes.shape[1]))).transpose(0, 1)
-    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=codes.device)[:, None]
-    return (planes << shifts).sum(dim=2, dtype=torch.int32).to(torch.int16)  # keeps the low 16 bits
+    first, second, third, fourth = codes.unflatten(1, (-1, 4, plane(codes.shape[1]))).transpose(0, 1).unbind(2)
+    return torch.stack([first | second << 4, third | fourth << 4], dim=-1).view(torch.int16).squeeze(-1)
 
 
 def unpack_slowly(packed: torch.Tensor, scale_zero: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def unpack_slowly(packed: torch.Tensor, scale_zero: torch.Tensor) -> torch.Tenso
     shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=packed.device)[:, None]
     codes = (packed.to(torch.int32)[:, :, None] >> shifts & 15).transpose(0, 1).flatten(1)
     scale, zero = scale_zero.transpose(0, 1).float().split(1, dim=2)
-    weights = torch.addcmul(zero, (codes + 16).float().unflatten(1, (-1, GROUP)), scale)
+    weights = torch.addcmul(zero, (codes + 16).float().unflatten(1, (-1, INT4_GROUP)), scale)
     return weights.flatten(1).bfloat16()
 
 
@@ -50,7 +50,16 @@ def unpack(packed: torch.Tensor, scale_zero: torch.Tensor, begin: int, end: int)
     blocks, width, word = packed.shape
     weights = torch.empty((end - begin, blocks * 4 * word), dtype=torch.bfloat16, device=packed.device)
     _unpack[(triton.cdiv(end - begin, 32), blocks)](
-        packed, scale_zero.view(torch.int32), weights, begin, end, width, ASM=_asm(packed), PLANE=word, BLOCK=32
+        packed,
+        scale_zero.view(torch.int32),
+        weights,
+        begin,
+        end,
+        width,
+        ASM=_asm(packed),
+        PLANE=word,
+        GROUP=INT4_GROUP,
+        BLOCK=32,
     )
     return weights
 
@@ -58,6 +67,17 @@ def unpack(packed: torch.Tensor, scale_zero: torch.Tensor, begin: int, end: int)
 def counters(outputs: int, device: torch.device | str) -> torch.Tensor:
     """What `multiply` counts its programs with: zeros before and after, for one product at a time."""
     return torch.zeros(triton.cdiv(outputs, _NARROW) * (_MOST // ROWS), dtype=torch.int32, device=device)
+
+
+@torch.library.custom_op("autotune::int4_product", mutates_args=())
+def product(rows: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+    """`multiply` as one operation, which `torch.compile` need not look into."""
+    return multiply(rows, packed, scale_zero, counters)
+
+
+@product.register_fake
+def _(rows: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty((len(rows), packed.shape[1]))
 
 
 def multiply(
@@ -93,6 +113,7 @@ def multiply(
         OUTPUTS=outputs,
         TOKENS=tokens,
         PLANE=word,
+        GROUP=INT4_GROUP,
         SHARED=shares > 1,
         STAGES=stages,
         num_warps=warps,
@@ -144,6 +165,7 @@ def _multiply(
     OUTPUTS: tl.constexpr,
     TOKENS: tl.constexpr,
     PLANE: tl.constexpr,
+    GROUP: tl.constexpr,
     SHARED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -158,7 +180,7 @@ def _multiply(
         place = (block * width + feature[:, None]) * PLANE + column[None, :]
         words = tl.load(packed + place, mask=known[:, None], other=0)
         for number in tl.static_range(4):
-            group = block * (4 * PLANE // 128) + number * PLANE // 128
+            group = block * (4 * PLANE // GROUP) + number * PLANE // GROUP
             pair = tl.load(pairs + group * width + feature, mask=known, other=0)
             begin = block * (4 * PLANE) + number * PLANE
             states = tl.load(rows + token * stride + begin + column[:, None], mask=asked, other=0)
@@ -184,7 +206,18 @@ def _multiply(
 
 
 @triton.jit(do_not_specialize=["begin", "end"])
-def _unpack(packed, pairs, weights, begin, end, width, ASM: tl.constexpr, PLANE: tl.constexpr, BLOCK: tl.constexpr):
+def _unpack(
+    packed,
+    pairs,
+    weights,
+    begin,
+    end,
+    width,
+    ASM: tl.constexpr,
+    PLANE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     block = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     feature = begin + row
@@ -194,6 +227,6 @@ def _unpack(packed, pairs, weights, begin, end, width, ASM: tl.constexpr, PLANE:
     words = tl.load(packed + place, mask=known[:, None], other=0)
     place = row[:, None].to(tl.int64) * (tl.num_programs(1) * 4 * PLANE) + block * (4 * PLANE) + column
     for number in tl.static_range(4):
-        group = block * (4 * PLANE // 128) + number * PLANE // 128
+        group = block * (4 * PLANE // GROUP) + number * PLANE // GROUP
         pair = tl.load(pairs + group * width + feature, mask=known, other=0)
         tl.store(weights + place + number * PLANE, _weights(words, pair, ASM, number), mask=known[:, None])
