@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from autotune.engine import int4
+from autotune.engine import int4, kernels
 
 SHAPES = {
     "8B gate_up": (28672, 4096),
@@ -36,14 +36,14 @@ SHAPES = {
 COUNTS = (1, 2, 4, 5, 6, 8, 16)
 # plane, outputs, warps, stages
 TILES = [
-    *[(128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 4, 4), (128, 32, 2, 3), (128, 32, 2, 4), (128, 128, 8, 3)],
-    *[(128, 128, 4, 3), (128, 32, 1, 3), (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 5), (64, 32, 2, 4)],
-    *[(64, 128, 8, 3), (64, 128, 8, 4), (64, 128, 4, 4), (64, 64, 2, 4), (32, 64, 4, 5), (32, 128, 8, 5)],
+    *[(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 2, 3), (64, 64, 2, 4), (64, 64, 2, 5), (64, 64, 2, 6)],
+    *[(64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5), (64, 32, 2, 4), (64, 32, 1, 4), (64, 32, 1, 6)],
+    *[(64, 128, 8, 4), (64, 256, 8, 4), (64, 128, 2, 4)],
 ]
 MANY_TILES = [  # for more than 8 tokens
-    *[(128, 32, 2, 3), (128, 32, 1, 3), (128, 64, 2, 3), (64, 32, 2, 4), (64, 64, 2, 4), (64, 64, 4, 4)],
-    *[(64, 128, 4, 4), (128, 64, 4, 3), (64, 32, 1, 4)],
+    *[(64, 32, 2, 4), (64, 64, 2, 4), (64, 64, 4, 4), (64, 32, 1, 4), (64, 64, 2, 3), (64, 128, 4, 4), (64, 32, 1, 6)],
 ]
+EARLY = (0, 1, 2, 3)
 L2_BYTES = 200 * 10**6
 ROUNDS = 7
 
@@ -63,7 +63,8 @@ def compile_one(case: tuple[int, int, int, int, int, bool]) -> None:
     torch.cuda.set_device(0)
     rows, packed, scale_zero = small(plane, tokens)
     counters = int4.counters(len(packed[0]), "cuda")
-    int4.multiply(rows, packed, scale_zero, counters, (outputs, 2 if shared else 1, warps, stages))
+    for early in EARLY if (outputs, warps) in ((64, 2), (64, 4), (128, 8), (32, 1)) else (0,):
+        int4.multiply(rows, packed, scale_zero, counters, (outputs, 2 if shared else 1, warps, stages), early)
     torch.cuda.synchronize()
 
 
@@ -84,7 +85,8 @@ def check(case: tuple[int, int, int, int, int, bool]) -> str:
         weights = int4.unpack_slowly(packed, scale_zero)
         expected = rows.double() @ weights.double().T
         tiles = (outputs, 2 if shared else 1, warps, stages)
-        found = [int4.multiply(rows, packed, scale_zero, counters, tiles) for _ in range(3)]
+        runs = EARLY if (outputs, warps) in ((64, 2), (64, 4), (128, 8), (32, 1)) else (0, 0)
+        found = [int4.multiply(rows, packed, scale_zero, counters, tiles, early) for early in runs]
         error = ((found[0].double() - expected).norm() / expected.norm()).item()
         if not error < 0.003:
             return f"error {error:.4f} at {count} tokens"
@@ -108,17 +110,23 @@ class Weights:
         pair = torch.randn((columns // 128, width, 2), device="cuda").bfloat16() / 64
         self.pairs = [pair.clone() for _ in range(self.copies)]
         self.counters = int4.counters(width, "cuda")
+        self.norm = torch.ones(columns, device="cuda").bfloat16()
         self.rows = torch.randn((128, columns), device="cuda").bfloat16()
 
     def tinygemm(self, copy: int, count: int) -> torch.Tensor:
         packed = self.words[copy].view(self.width // 8, self.columns // 128, 32, 4)
         return torch.ops.aten._weight_int4pack_mm(self.rows[:count], packed, 128, self.pairs[copy])  # type: ignore[no-any-return]
 
-    def ours(self, copy: int, count: int, key: Key) -> torch.Tensor:
-        plane, outputs, shares, warps, stages = key
-        packed = self.words[copy].view(torch.int16).view(-1, self.width, plane)
-        tiles = (outputs, shares, warps, stages)
-        return int4.multiply(self.rows[:count], packed, self.pairs[copy], self.counters, tiles)
+    def ours(self, copy: int, count: int, key: Key | None, early: int = 0) -> torch.Tensor:
+        packed = self.words[copy].view(torch.int16).view(-1, self.width, key[0] if key else int4.plane(self.columns))
+        return int4.multiply(
+            self.rows[:count], packed, self.pairs[copy], self.counters, key[1:] if key else None, early
+        )
+
+    def after_norm(self, copy: int, count: int, early: int, norm_early: bool) -> torch.Tensor:
+        rows = kernels.normalize(self.rows[:count], self.norm, 0.0, 1e-5, norm_early)
+        packed = self.words[copy].view(torch.int16).view(-1, self.width, int4.plane(self.columns))
+        return int4.multiply(rows, packed, self.pairs[copy], self.counters, None, early)
 
     def unpacked(self, copy: int, count: int) -> torch.Tensor:
         packed = self.words[copy].view(torch.int16).view(-1, self.width, int4.plane(self.columns))
@@ -159,6 +167,29 @@ def timed(graphs: dict[Any, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> d
     }
 
 
+def check_early() -> str:
+    """Whether a product that is begun early, in a chain of graphs' kernels, gives another result."""
+    weights, results = Weights(4096, 4096), []
+    for early, norm in ((0, False), (1, True), (2, True), (3, False), (3, True)):
+        graph = torch.cuda.CUDAGraph()
+        weights.after_norm(0, 5, early, norm)
+        torch.cuda.synchronize()
+        rows = weights.rows.clone()
+        with torch.cuda.graph(graph):
+            outputs = []
+            for number in range(60):
+                states = kernels.normalize(weights.rows[:5], weights.norm, 0.0, 1e-5, norm)
+                packed = weights.words[number % weights.copies].view(torch.int16).view(-1, 4096, 64)
+                outputs.append(int4.multiply(states, packed, weights.pairs[0], weights.counters, None, early))
+                weights.rows[:5] = outputs[-1]
+        weights.rows.copy_(rows)
+        graph.replay()
+        torch.cuda.synchronize()
+        results.append(torch.stack(outputs))
+        weights.rows.copy_(rows)
+    return " ".join(str(torch.equal(results[0], other)) for other in results[1:])
+
+
 @click.command(help=__doc__)
 @click.option("--shapes", default=",".join(SHAPES), show_default=True)
 @click.option("--seconds", default=70.0, show_default=True, help="No new shape is begun after these.")
@@ -174,6 +205,7 @@ def main(shapes: str, seconds: float) -> None:
     for case, why in wrong.items():
         click.echo(f"WRONG plane, outputs, warps, stages, tokens, shared {case}: {why}")
     click.echo(f"{len(cases) - len(wrong)} of {len(cases)} variants are right, at {time.monotonic() - began:.0f} s")
+    click.echo(f"begun early, the same results: {check_early()}")
     results: dict[str, Any] = {}
     for name in shapes.split(","):
         if time.monotonic() - began > seconds:
@@ -204,19 +236,23 @@ def one_shape(name: str, width: int, columns: int) -> dict[str, Any]:
         click.echo(f"  {count:2} tokens, plane/outputs/shares/warps/stages: {shown}; worst {best[count][-1][1]:.1f}")
     sums = {key: us + dict(best[5])[key] for key, us in best[1]}
     few, many = min(sums, key=lambda key: sums[key]), best[16][0][0]
-    runs = {("tinygemm", n): weights.graph(lambda copy, n=n: weights.tinygemm(copy, n)) for n in COUNTS}
-    for n in COUNTS:
-        key = few if n <= 8 else many
-        runs["ours", n] = weights.graph(lambda copy, n=n, key=key: weights.ours(copy, n, key))
-    if "gate_up" in name or "down" in name:
-        for n in (32, 64, 128):
-            runs["ours", n] = weights.graph(lambda copy, n=n: weights.ours(copy, n, many))
-            runs["unpacked", n] = weights.graph(lambda copy, n=n: weights.unpacked(copy, n))
+    runs: dict[Any, Any] = {}
+    for n in (1, 5, 16):
+        runs["best", n] = weights.graph(lambda copy, n=n: weights.ours(copy, n, few if n <= 8 else many))
+        for early in EARLY:
+            runs[f"table, early {early}", n] = weights.graph(
+                lambda copy, n=n, early=early: weights.ours(copy, n, None, early)
+            )
+    for n in (1, 5):
+        for early, norm in ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)):
+            runs[f"norm({norm:d}) and product({early})", n] = weights.graph(
+                lambda copy, n=n, early=early, norm=norm: weights.after_norm(copy, n, early, norm)
+            )
     table = timed(runs, ROUNDS)
-    for what in ("tinygemm", "ours", "unpacked"):
+    for what in dict.fromkeys(who for who, _ in table):
         cells = [f"{n}: {us:.1f}" for (who, n), us in table.items() if who == what]
         if cells:
-            click.echo(f"  {what:9} {'  '.join(cells)}")
+            click.echo(f"  {what:24} {'  '.join(cells)}")
     click.echo(f"   with {few} up to 8 tokens, {many} from 9 on")
     return {
         "best": {str(n): [["/".join(map(str, key)), round(us, 2)] for key, us in rows[:8]] for n, rows in best.items()},
