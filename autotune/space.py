@@ -87,10 +87,11 @@ class Space:
         pairs = product(enumerate(self.choices["weights"]), ranks)
         for (_, weights), draft in sorted(pairs, key=lambda pair: pair[0][0] + ranks[pair[1]]):
             packed = weights not in ("bf16", "fp32")
+            heads = ("int4", "nf4") if weights == "quanto-int4" else ("nf4", "int4")
             wishes: dict[str, tuple[Any, ...]] = {
                 "weights": (weights,),
                 "draft": (draft,),
-                "lm_head": ("int4", "nf4") if packed else ("bf16", "fp32"),
+                "lm_head": heads if packed else ("bf16", "fp32"),
                 "embeddings": ("host",) if packed else ("device",),
                 "attention": ("split_kv", "sdpa"),
                 "draft_weights": (weights, "bnb-nf4") if packed else ("bf16", "fp32"),

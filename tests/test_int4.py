@@ -33,7 +33,7 @@ def random_codes(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor,
     return codes.to(DEVICE), scale_zero.to(DEVICE), weights.to(DEVICE)
 
 
-@pytest.mark.parametrize(("inputs", "plane"), [(128, 32), (384, 32), (256, 64), (768, 64), (1024, 128)])
+@pytest.mark.parametrize(("inputs", "plane"), [(128, 32), (384, 32), (256, 64), (768, 64)])
 def test_unpacked_weights_are_those_that_were_packed(inputs: int, plane: int) -> None:
     codes, scale_zero, weights = random_codes(37, inputs)
     packed = int4.pack(codes)

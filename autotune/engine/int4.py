@@ -86,7 +86,6 @@ def multiply(
     scale_zero: torch.Tensor,
     counters: torch.Tensor,
     tiles: tuple[int, int, int, int] | None = None,
-    early: int | None = None,
 ) -> torch.Tensor:
     """bfloat16 rows [tokens, inputs] times the packed weights, [tokens, outputs]; up to 128 tokens.
 
@@ -97,8 +96,6 @@ def multiply(
     count = len(rows)
     outputs, shares, warps, stages = tiles or _tiles(width, blocks, count)
     tokens = 8 if count <= 8 else ROWS
-    if early is None:
-        early = 2 * int(rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0))
     output = rows.new_empty((count, width))
     partial = output if shares == 1 else torch.empty((shares, count, width), dtype=torch.float32, device=rows.device)
     _multiply[(triton.cdiv(count, tokens), triton.cdiv(width, outputs), shares)](
@@ -119,9 +116,7 @@ def multiply(
         GROUP=INT4_GROUP,
         SHARED=shares > 1,
         STAGES=stages,
-        EARLY=early,
         num_warps=warps,
-        launch_pdl=early > 0,
     )
     return output
 
@@ -129,14 +124,14 @@ def multiply(
 def _tiles(width: int, blocks: int, tokens: int) -> tuple[int, int, int, int]:
     """A program's outputs, the programs that share the inputs, warps and stages: what was fastest on an H200."""
     if width >= 256 * 64:
-        return 64, 1, 2, 4
-    outputs, programs, warps = (64, 256, 4) if tokens <= 8 else (32, 384, 1)
+        return 64, 1, 2, 3
+    outputs, warps, stages, programs = (32, 1, 4, 384) if tokens > 8 else (64, 4, 3, 256)
     if blocks >= 48 and tokens <= 8:
         outputs = 128
     shares = 1
     while shares * triton.cdiv(width, outputs) < programs and 4 * shares <= blocks:
         shares *= 2
-    return outputs, shares, warps, 4
+    return outputs, shares, warps, stages
 
 
 def _asm(tensor: torch.Tensor) -> tuple[str, ...] | None:
@@ -182,7 +177,6 @@ def _multiply(
     GROUP: tl.constexpr,
     SHARED: tl.constexpr,
     STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     tile, share = tl.program_id(1), tl.program_id(2)
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[None, :]
@@ -190,17 +184,6 @@ def _multiply(
     column = tl.arange(0, PLANE)
     known, asked = feature < width, token < count
     each = tl.cdiv(blocks, tl.num_programs(2))
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        if EARLY > 1:
-            step = tl.arange(0, OUTPUTS * PLANE // 64) * 64
-            for block in range(share * each, tl.minimum(blocks, share * each + (each if EARLY == 3 else STAGES - 1))):
-                begin = block * width + tile * OUTPUTS
-                lines = packed + begin * PLANE + tl.where(tile * OUTPUTS + step // PLANE < width, step, 0)
-                tl.inline_asm_elementwise(
-                    "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-                )
-        tl.extra.cuda.gdc_wait()
     total = tl.zeros((OUTPUTS, TOKENS), tl.float32)
     for block in tl.range(share * each, tl.minimum(blocks, share * each + each), num_stages=STAGES):
         place = (block * width + feature[:, None]) * PLANE + column[None, :]

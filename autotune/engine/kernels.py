@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 
 
-def normalize(
-    states: torch.Tensor, weight: torch.Tensor, offset: float, epsilon: float, early: bool = False
-) -> torch.Tensor:
+def normalize(states: torch.Tensor, weight: torch.Tensor, offset: float, epsilon: float) -> torch.Tensor:
     """Root mean square norm (Zhang and Sennrich, arXiv 1910.07467) of the last dimension, times weight + offset."""
     rows = states.reshape(-1, states.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -31,7 +29,6 @@ def normalize(
         offset,
         width,
         PADDED=padded,
-        EARLY=early,
         num_warps=min(16, max(1, padded // 256)),
     )
     return result.view(states.shape)
@@ -97,9 +94,7 @@ def append(
 
 
 @triton.jit
-def _normalize(states, weight, result, stride, epsilon, offset, width, PADDED: tl.constexpr, EARLY: tl.constexpr):
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+def _normalize(states, weight, result, stride, epsilon, offset, width, PADDED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, PADDED)
     inside = channel < width

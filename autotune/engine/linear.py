@@ -116,7 +116,7 @@ class Int4Linear(nn.Module):
         if len(rows) < MANY:
             from .int4 import product
 
-            output = product(rows, self.packed, self.scale_zero, self.counters)
+            output: torch.Tensor = product(rows, self.packed, self.scale_zero, self.counters)
         else:
             output = self._multiply_unpacked(rows)
         output = output.view(*states.shape[:-1], self.out_features)
