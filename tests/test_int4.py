@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -99,6 +100,16 @@ def test_a_layer_gives_few_tokens_and_many_the_same_product(monkeypatch: pytest.
     few = torch.cat([packed(part) for part in states.split(20, dim=1)], dim=1)
     torch.testing.assert_close(packed(states), few, rtol=0.02, atol=0.02)
     torch.testing.assert_close(few, layer(states), rtol=0.2, atol=0.2)
+
+
+def test_the_operation_for_the_compiler_is_the_product() -> None:
+    codes, scale_zero, _ = random_codes(40, 256)
+    rows = torch.randn((3, 256), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    arguments = (rows, int4.pack(codes), scale_zero, int4.counters(40, DEVICE))
+    assert torch.equal(int4.product(*arguments), int4.multiply(*arguments))
+    with FakeTensorMode() as mode:
+        fake = int4.product(*(mode.from_tensor(argument) for argument in arguments))
+    assert (fake.shape, fake.dtype) == ((3, 40), torch.bfloat16)
 
 
 def test_layers_on_a_cpu_are_left_to_quanto() -> None:
