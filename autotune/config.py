@@ -28,7 +28,8 @@ OBJECTIVES: tuple[Objective, ...] = Objective.__args__  # type: ignore[attr-defi
 _FIGURES: dict[Objective, str] = {"end-to-end": "tokens_per_s", "decode": "decode_tokens_per_s", "ttft": "ttft_s"}
 
 WEIGHTS = ("bf16", "fp32", "bnb-int8", "bnb-nf4", "bnb-fp4", "quanto-int8", "quanto-int4", "checkpoint")
-LM_HEADS = ("bf16", "fp32", "int8", "nf4")
+LM_HEADS = ("bf16", "fp32", "int8", "int4", "nf4")
+HEAD_WEIGHTS = {"int8": "quanto-int8", "int4": "quanto-int4", "nf4": "bnb-nf4"}  # the word for weights stored alike
 EMBEDDINGS = ("device", "host")
 CACHES = (
     "dynamic",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import __version__
-from .config import Configuration, mib
+from .config import HEAD_WEIGHTS, Configuration, mib
 from .policy import Expected, Load, ModelInfo, Policy, Rule, Settings
 
 _HEADER = '''\
@@ -166,7 +166,7 @@ def _load_arguments(weights: str, attention: str, full_precision: str) -> str:
 def _load_differences(policy: Policy, device: str) -> list[str]:
     """What stock transformers cannot do of the load group."""
     load, lost = policy.load, []
-    if load.lm_head in ("int8", "nf4"):
+    if load.lm_head in HEAD_WEIGHTS:
         lost.append(f"lm_head stays unquantized, not {load.lm_head}: it holds more memory")
     if load.embeddings == "host":
         lost.append("embeddings are on the device, not in host memory: they hold more memory")

@@ -38,8 +38,9 @@ MASK_BYTES = 1  # the boolean mask; the kernel adds a copy of it in the activati
 SCORE_BYTES = 4  # eager softmax works in float32, between scores and probabilities in the activations' type
 LOGIT_BYTES = 4  # logits are cast to float32 for the choice of a token
 INT8_PRODUCT_BYTES = 4  # bnb-int8 accumulates a product in int32 before it is scaled
-DEQUANTIZED_FROM = {"bnb-nf4": 2, "bnb-fp4": 2, "nf4": 2, "quanto-int8": 1, "int8": 1}  # tokens; from there on the
-# whole matrix is expanded before the product
+# Tokens from which the whole matrix is expanded before the product.
+DEQUANTIZED_FROM = {"bnb-nf4": 2, "bnb-fp4": 2, "nf4": 2, "quanto-int8": 1, "int8": 1, "int4": 1}
+MULTIPLIED_ON = {"int8": "cpu", "int4": "cuda"}  # an lm_head that is multiplied as it is stored there
 LOAD_COPIES = {"bnb-int8": 2}  # half-precision copies of the matrix being quantized that outweigh a prefill's workspace
 WORKSPACE = {"cuda": 32 * MIB, "cpu": 0}  # cuBLAS keeps one per process (Hopper's; older GPUs take 8 MiB)
 FRAGMENTS = {"cuda": 50 * MIB, "cpu": 32 * MIB}  # partly used allocator segments; code and kernels of the first pass
@@ -462,7 +463,7 @@ def _matrix_bytes(word: str, linear: Linear, element: int) -> int:
             return elements + 4 * linear.out
         case "quanto-int8" | "int8":
             return elements + element * linear.out
-        case "quanto-int4":
+        case "quanto-int4" | "int4":
             return -(-elements // 2) + 2 * element * elements // quanto_group(linear.inp)
         case "checkpoint":
             return linear.stored
@@ -559,7 +560,7 @@ def _pass_bytes(
     element = _element(shape, c.weights)
     hidden = HIDDEN_COPIES * queries * shape.hidden_size * element
     head = logits * shape.vocab_size * (element + LOGIT_BYTES)
-    if c.lm_head in DEQUANTIZED_FROM and not (c.lm_head == "int8" and kind == "cpu"):
+    if c.lm_head in DEQUANTIZED_FROM and MULTIPLIED_ON.get(c.lm_head) != kind:
         head += (logits >= DEQUANTIZED_FROM[c.lm_head]) * shape.lm_head_elements * element
     mlp = _mlp_bytes(shape, c.weights, queries, element, kind)
     return hidden + max(head, mlp, _attention_bytes(shape, c, queries, keys, past, kind))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from . import __version__, references
 from . import plan as planning
-from .config import Configuration, Record, Workload, mib
+from .config import HEAD_WEIGHTS, Configuration, Record, Workload, mib
 from .policy import Policy, best_group, choose, make_policy, settle, speedup, write_policy
 from .report import write_report
 from .report_view import RunData
@@ -218,8 +218,7 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
             info["environment"] |= {"base_bytes": worker.hello["base_bytes"], "device_word": request.budget.device}
             words = {knob: list(request.space.choices[knob]) for knob in ("weights", "attention")}
             words["weights"] += [w for w in request.space.choices["draft_weights"] if w not in words["weights"]]
-            heads = {"int8": "quanto-int8", "nf4": "bnb-nf4"}
-            words["weights"] += [heads[w] for w in request.space.choices["lm_head"] if w in heads]
+            words["weights"] += [HEAD_WEIGHTS[w] for w in request.space.choices["lm_head"] if w in HEAD_WEIGHTS]
             info["failed"] = worker.request("probe", 900, words={k: list(dict.fromkeys(v)) for k, v in words.items()})
             text = text_file(request.workload, request.out)
             info |= prepare_inputs(

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from .config import ATTENTIONS, CACHES, EMBEDDINGS, LAUNCHES, LM_HEADS, WEIGHTS, Configuration
+from .config import ATTENTIONS, CACHES, EMBEDDINGS, HEAD_WEIGHTS, LAUNCHES, LM_HEADS, WEIGHTS, Configuration
 
 BUILT_IN = Path(__file__).parent / "search_spaces"
 if not BUILT_IN.exists():  # a source checkout
@@ -87,10 +87,11 @@ class Space:
         pairs = product(enumerate(self.choices["weights"]), ranks)
         for (_, weights), draft in sorted(pairs, key=lambda pair: pair[0][0] + ranks[pair[1]]):
             packed = weights not in ("bf16", "fp32")
+            heads = ("int4", "nf4") if weights == "quanto-int4" else ("nf4", "int4")
             wishes: dict[str, tuple[Any, ...]] = {
                 "weights": (weights,),
                 "draft": (draft,),
-                "lm_head": ("nf4",) if packed else ("bf16", "fp32"),
+                "lm_head": heads if packed else ("bf16", "fp32"),
                 "embeddings": ("host",) if packed else ("device",),
                 "attention": ("split_kv", "sdpa"),
                 "draft_weights": (weights, "bnb-nf4") if packed else ("bf16", "fp32"),
@@ -276,8 +277,8 @@ def _impossible(
     cpu = device == "cpu"
     if knob in ("weights", "draft_weights") and word in failed.get("weights", {}):
         return failed["weights"][word]
-    if knob == "lm_head" and {"int8": "quanto-int8", "nf4": "bnb-nf4"}.get(word) in failed.get("weights", {}):
-        return failed["weights"][{"int8": "quanto-int8", "nf4": "bnb-nf4"}[word]]
+    if knob == "lm_head" and HEAD_WEIGHTS.get(word) in failed.get("weights", {}):
+        return failed["weights"][HEAD_WEIGHTS[word]]
     if knob == "attention" and word in failed.get("attention", {}):
         return failed["attention"][word]
     if knob == "weights" and (word == "checkpoint") != quantized:

@@ -15,6 +15,7 @@ from autotune.config import (
     ATTENTIONS,
     CACHES,
     EMBEDDINGS,
+    HEAD_WEIGHTS,
     LAUNCHES,
     LM_HEADS,
     MIB,
@@ -197,6 +198,11 @@ def test_speculation_and_launch_do_not_change_what_is_said(
     c: Configuration, draft: str, depth: int, launch: str
 ) -> None:
     assert c.replace(draft=draft, depth=depth, launch=launch).quality_key == c.quality_key
+
+
+def test_a_quantized_head_is_stored_as_weights_of_some_word_are() -> None:
+    assert {*HEAD_WEIGHTS, "bf16", "fp32"} == set(LM_HEADS)
+    assert set(HEAD_WEIGHTS.values()) <= set(WEIGHTS)
 
 
 @pytest.mark.parametrize(

@@ -17,22 +17,8 @@ from tiny_models import tiny, tokens
 
 from autotune.engine.embedding import HostEmbedding, lock_pages
 from autotune.engine.fusion import half_turned
-from autotune.engine.kernels import append, gather, normalize, rotate, unpack
-from autotune.engine.linear import TILE, unpack_slowly
+from autotune.engine.kernels import append, gather, normalize, rotate
 from autotune.engine.load import Unsupported
-
-
-@pytest.mark.parametrize("columns", [1, 6])
-def test_unpacked_weights_are_those_of_the_slow_way(columns: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    packed = torch.randint(-(2**31), 2**31 - 1, (5, columns, 32, 4), dtype=torch.int32, generator=generator)
-    whole = torch.randn((columns, 56, 2), generator=generator).bfloat16()
-    places = torch.randperm(1024, generator=generator).int().view(TILE)
-    packed, part, places = packed.to(DEVICE), whole.to(DEVICE)[:, 8:48], places.to(DEVICE)
-    expected = unpack_slowly(packed, part, places)
-    # the interpreter cuts bfloat16 off where a GPU rounds
-    tolerance = 0 if DEVICE == "cuda" else 2**-7
-    torch.testing.assert_close(unpack(packed, part, places, TILE), expected, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("width", [96, 2500])

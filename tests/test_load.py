@@ -227,6 +227,9 @@ def test_quanto_int4_is_quantized_within_its_error(saved, monkeypatch):
     monkeypatch.setitem(LAYER_BOUND, "quanto-int4", 0.2)
     model, reference = load_model(saved["llama"], weights="quanto-int4", lm_head="fp32"), stock(saved["llama"])
     check_layers(model, reference, "quanto-int4")
+    model = load_model(saved["llama"], weights="fp32", lm_head="int4")
+    with torch.no_grad():
+        assert 1e-4 < relative(logits(model), logits(reference)) < 0.2
 
 
 # ---- what cannot be loaded says so

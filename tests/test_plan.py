@@ -105,6 +105,14 @@ def test_weights_after_loading_are_within_a_hundredth_and_a_half(llama, weights,
     assert (held + scratch) / GIB == pytest.approx(measured_gib, rel=0.015)
 
 
+def test_an_int4_head_is_sized_and_expanded_only_where_there_is_no_kernel_for_it(llama):
+    head = Configuration(weights="quanto-int4", lm_head="int4", prefill_chunk=64, cache="static")
+    assert at(llama, head).owners["lm_head"] == 128256 * 4096 // 2 + 128256 * 4096 // 128 * 4
+    matrix = 128256 * 4096 * 2
+    assert plan._pass_bytes(llama, head, 1, 64, True, 1, "cuda") < matrix / 4
+    assert plan._pass_bytes(llama, head, 1, 64, True, 1, "cpu") > matrix
+
+
 def test_the_embedding_and_the_cache_have_the_published_sizes(llama):
     prediction = at(llama, Configuration(weights="bnb-nf4"))
     assert prediction.owners["embeddings"] / GIB == pytest.approx(0.98, rel=0.01)

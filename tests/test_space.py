@@ -250,12 +250,14 @@ def test_every_word_is_either_kept_or_dropped_with_a_reason(
 
 
 def test_what_failed_the_probe_is_dropped_with_what_it_said() -> None:
-    failed = {"weights": {"bnb-nf4": "no kernel"}, "attention": {"flash_attention_2": "not installed"}}
+    weights = {"bnb-nf4": "no kernel", "quanto-int4": "no compiler"}
+    failed = {"weights": weights, "attention": {"flash_attention_2": "not installed"}}
     space = restricted("wide", failed=failed)
     assert "bnb-nf4" not in space.choices["weights"] + space.choices["draft_weights"]
     assert "nf4" not in space.choices["lm_head"]
     assert "flash_attention_2" not in space.choices["attention"]
     assert ("lm_head", "nf4", "no kernel") in space.dropped
+    assert ("lm_head", "int4", "no compiler") in space.dropped
     assert ("attention", "flash_attention_2", "not installed") in space.dropped
 
 
@@ -304,4 +306,6 @@ def test_what_is_tried_first_is_legal_and_one_for_each_weights_and_draft(name: s
     first = list(space.seeds())
     assert all(is_legal(configuration) and space.parameters(configuration) is not None for configuration in first)
     assert len({(c.weights, c.draft) for c in first}) == len(first)
+    heads = {c.lm_head for c in first if c.weights == "quanto-int4"}
+    assert heads <= ({"int4"} if "int4" in space.choices["lm_head"] else {"bf16", "fp32"})
     assert len(first) == len(space.choices["weights"]) * len(space.choices["draft"])

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ..config import Configuration, LoadGroup
+from ..config import HEAD_WEIGHTS, Configuration, LoadGroup
 from .cache import stored_bytes
 from .graph import Recordings
 from .load import Progress, Unsupported, load_model
@@ -65,7 +65,7 @@ def _without_gradients(method: Callable[_P, _T]) -> Callable[_P, _T]:
     @functools.wraps(method)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         engine: Any = args[0]
-        words = (engine.group.weights, engine.group.draft_weights)
+        words = (engine.group.weights, engine.group.draft_weights, HEAD_WEIGHTS.get(engine.group.lm_head))
         fails = engine.device == "cpu" and "quanto-int4" in words
         with torch.no_grad() if fails else torch.inference_mode():
             return method(*args, **kwargs)

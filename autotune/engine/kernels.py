@@ -12,30 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-_TILES = 4  # tiles that one program unpacks
 _GATHERED = 1024  # channels of a row that one program copies
-
-
-def unpack(packed: torch.Tensor, scale_zero: torch.Tensor, places: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
-    """The bfloat16 weights [rows, columns] of packed 4-bit tiles [row tiles, column tiles, ...].
-
-    `places` [tile] is the number of each weight's half byte in its tile; `scale_zero` is [column tiles, rows, 2].
-    """
-    tiles, columns = packed.shape[:2]
-    rows, width = tile
-    weights = torch.empty((tiles * rows, columns * width), dtype=torch.bfloat16, device=packed.device)
-    _unpack[(tiles, triton.cdiv(columns, _TILES))](
-        packed.view(torch.uint8),
-        scale_zero,
-        places,
-        weights,
-        columns,
-        scale_zero.stride(0),
-        ROWS=rows,
-        WIDTH=width,
-        TILES=_TILES,
-    )
-    return weights
 
 
 def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -124,36 +101,6 @@ def append(
         VALUE_DIM=new_values.shape[-1],
         PADDED=triton.next_power_of_2(max(dim, new_values.shape[-1])),
     )
-
-
-@triton.jit
-def _unpack(
-    packed,
-    scale_zero,
-    places,
-    weights,
-    columns,
-    group_stride,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    tile_row = tl.program_id(0).to(tl.int64)
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    place = tl.load(places + row * WIDTH + column)
-    for step in tl.static_range(TILES):
-        tile_column = tl.program_id(1) * TILES + step
-        index = (tile_row * ROWS + row) * (columns * WIDTH) + tile_column * WIDTH + column
-        inside = tile_column * WIDTH + column + row * 0 < columns * WIDTH
-        begin = (tile_row * columns + tile_column) * (ROWS * WIDTH // 2)
-        byte = tl.load(packed + begin + place // 2, mask=inside, other=0).to(tl.int32)
-        code = (byte >> (place % 2 * 4)) & 15
-        pair = scale_zero + tile_column.to(tl.int64) * group_stride + (tile_row * ROWS + row + column * 0) * 2
-        scale = tl.load(pair, mask=inside, other=0).to(tl.float32)
-        zero = tl.load(pair + 1, mask=inside, other=0).to(tl.float32)
-        weight = (code - 8).to(tl.float32) * scale + zero
-        tl.store(weights + index, weight.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit

@@ -2,25 +2,21 @@
 
 Two things make a matrix product at one token faster without changing what it computes. Projections that read the same
 input (q, k and v; gate and up) become one product, since a narrow one cannot fill the GPU: `Merged` computes it when
-the first of them is called, and hands each its columns. And 4-bit weights are packed for PyTorch's own kernel
-(tinygemm, as in gpt-fast) in its widest layout, without the tensor subclass that `torch.compile` fails on.
-
-That kernel's time grows with the tokens, so that prompts are faster when the weights are unpacked, some rows at a time,
-for an ordinary product.
+the first of them is called, and hands each its columns. And 4-bit weights have a kernel of our own (int4.py), without
+the tensor subclass that `torch.compile` fails on. For a prompt they are unpacked, some rows at a time, for an ordinary
+product.
 """
 
 from __future__ import annotations
 
-import functools
+from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 INT4_GROUP = 128  # weights along the input that share a scale, as quanto has it
-INNER_K_TILES = 8
 CHUNK = 4096  # output features that are quantized at a time
-TILE = (8, 128)  # weights that lie together when packed
 MANY = 128  # tokens from which unpacking the weights is worth its time
 UNPACKED = 2**24  # weights that are unpacked at a time
 
@@ -84,110 +80,68 @@ class Slice(nn.Module):
 
 
 def fits_int4(linear: nn.Linear) -> bool:
-    """Whether PyTorch's 4-bit kernel can multiply this layer on its device."""
+    """Whether our own 4-bit kernel can multiply this layer on its device."""
     weight = linear.weight
     return (
         weight.is_cuda
         and weight.dtype == torch.bfloat16
         and torch.version.hip is None
         and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-        and linear.out_features % 8 == 0
         and linear.in_features % INT4_GROUP == 0
+        and find_spec("triton") is not None
     )
 
 
 class Int4Linear(nn.Module):
-    """A bfloat16 layer in 4 bits: a scale and a zero per INT4_GROUP weights, w = (code - 8) * scale + zero."""
+    """A bfloat16 layer in 4 bits: a scale and a zero per INT4_GROUP weights, w = (16 + code) * scale + zero."""
 
     packed: torch.Tensor
     scale_zero: torch.Tensor
+    counters: torch.Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
+        from .int4 import counters, pack
+
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        parts = [_quantize_rows(rows) for rows in linear.weight.detach().split(CHUNK)]
-        self.register_buffer("packed", _pack(torch.cat([part[0] for part in parts])))
-        self.register_buffer("scale_zero", torch.cat([part[1] for part in parts], dim=1).contiguous())
+        quantized = map(_quantize_rows, linear.weight.detach().split(CHUNK))
+        parts = [(pack(codes), scale_zero) for codes, scale_zero in quantized]
+        self.register_buffer("packed", torch.cat([packed for packed, _ in parts], dim=1))
+        self.register_buffer("scale_zero", torch.cat([scale_zero for _, scale_zero in parts], dim=1))
+        self.register_buffer("counters", counters(self.out_features, self.packed.device), persistent=False)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         rows = states.reshape(-1, self.in_features)
-        output = _multiply(rows, self.packed, self.scale_zero) if len(rows) < MANY else self._multiply_unpacked(rows)
+        if len(rows) < MANY:
+            from .int4 import multiply, product
+
+            few = product if torch.compiler.is_compiling() else multiply  # the operation costs its caller 10 µs more
+            output: torch.Tensor = few(rows, self.packed, self.scale_zero, self.counters)
+        else:
+            output = self._multiply_unpacked(rows)
         output = output.view(*states.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias
 
     def _multiply_unpacked(self, rows: torch.Tensor) -> torch.Tensor:
-        places = _places(str(rows.device))
-        if places is None:
-            return _multiply(rows, self.packed, self.scale_zero)
+        from .int4 import unpack
+
         output = rows.new_empty((len(rows), self.out_features))
-        step = max(1, UNPACKED // self.in_features // TILE[0]) * TILE[0]
+        step = max(1, UNPACKED // self.in_features)
         for begin in range(0, self.out_features, step):
-            part = slice(begin, begin + step)
-            tiles = slice(begin // TILE[0], (begin + step) // TILE[0])
-            weight = _unpack(self.packed[tiles], self.scale_zero[:, part], places)
-            output[:, part] = rows @ weight.T
+            end = min(self.out_features, begin + step)
+            output[:, begin:end] = rows @ unpack(self.packed, self.scale_zero, begin, end).T
         return output
 
 
-def _pack(codes: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._convert_weight_to_int4pack(codes, INNER_K_TILES)  # type: ignore[no-any-return]
-
-
-def _multiply(rows: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._weight_int4pack_mm(rows, packed, INT4_GROUP, scale_zero)  # type: ignore[no-any-return]
-
-
-def _unpack(packed: torch.Tensor, scale_zero: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The weights [rows, columns] of packed tiles, rounded once."""
-    if not packed.is_cuda:
-        return unpack_slowly(packed, scale_zero, places)
-    from .kernels import unpack
-
-    return unpack(packed, scale_zero, places, TILE)
-
-
-def unpack_slowly(packed: torch.Tensor, scale_zero: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The same without a kernel of our own, on any device."""
-    tiles, columns = packed.shape[:2]
-    codes = packed.view(torch.uint8).reshape(tiles, columns, -1).index_select(2, (places // 2).flatten())
-    codes = codes.bitwise_right_shift_((places % 2 * 4).flatten().to(torch.uint8)).bitwise_and_(15)
-    codes = codes.view(tiles, columns, *TILE).transpose(1, 2)
-    centred = codes.to(torch.bfloat16, memory_format=torch.contiguous_format).sub_(8).view(-1, columns, TILE[1])
-    scale, zero = scale_zero.transpose(0, 1).split(1, dim=2)
-    return torch.addcmul(zero, centred, scale, out=centred).view(tiles * TILE[0], columns * TILE[1])
-
-
-@functools.cache
-def _places(device: str) -> torch.Tensor | None:
-    """Where each weight of a packed tile lies: the number of its half byte; None where that cannot be told.
-
-    The layout is the kernel's own business, so it is asked: tiles whose codes are the digits of each weight's number
-    are packed, and what is found is checked against the kernel itself.
-    """
-    number = torch.arange(TILE[0] * TILE[1], device=device)
-    found = torch.zeros_like(number)
-    for digit in (0, 4, 8):
-        found |= _nibbles(((number >> digit) & 15).to(torch.uint8).view(TILE)).long() << digit
-    places = found.argsort().int().view(TILE)
-    codes = (number * 7 + number // 16).bitwise_and(15).to(torch.uint8).view(TILE)
-    packed = _pack(codes[:, ::2] << 4 | codes[:, 1::2])
-    scale_zero = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device=device).expand(1, TILE[0], 2).contiguous()
-    product = _multiply(torch.eye(TILE[1], dtype=torch.bfloat16, device=device), packed, scale_zero)
-    return places if torch.equal(_unpack(packed, scale_zero, places), product.T) else None
-
-
-def _nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """The 4-bit numbers of one packed tile in memory order, low halves first."""
-    packed = _pack(codes[:, ::2] << 4 | codes[:, 1::2]).view(torch.uint8).flatten()
-    return torch.stack([packed & 15, packed >> 4], dim=1).flatten()
-
-
 def _quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, two to a byte [rows, columns / 2], and scale and zero [groups, rows, 2]."""
+    """Codes [rows, columns] and scale and zero [groups, rows, 2] of the grid whose first point is 16 * scale + zero.
+
+    The codes suit the zero as it is stored: its rounding, a sixteenth of the scale at most, only moves the grid.
+    """
     grouped = weight.float().unflatten(1, (-1, INT4_GROUP))
     low, high = torch.aminmax(grouped, dim=2, keepdim=True)
     scale = ((high - low) / 15).clamp(min=1e-8).bfloat16()
-    zero = (low + 8 * scale.float()).bfloat16()
-    codes = ((grouped - zero.float()) / scale.float() + 8).round_().clamp_(0, 15).to(torch.uint8).flatten(1)
-    return codes[:, ::2] << 4 | codes[:, 1::2], torch.cat([scale, zero], dim=2).transpose(0, 1)
+    zero = (low - 16 * scale.float()).bfloat16()
+    codes = ((grouped - zero.float()) / scale.float() - 16).round_().clamp_(0, 15).to(torch.uint8).flatten(1)
+    return codes, torch.cat([scale, zero], dim=2).transpose(0, 1).contiguous()

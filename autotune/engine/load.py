@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..config import HEAD_WEIGHTS
 from .linear import Int4Linear, Merged, Slice, concatenated, fits_int4, siblings
 
 Progress = Callable[[str], None]
@@ -77,7 +78,7 @@ def load_model(
         # first, while the device is empty: it is the largest matrix, and quantizing it takes it whole
         name = _name_of(model, output)
         _place(output, _name_of(model, embedding) if tied else name, tensors, dtype, device)
-        _replace(model, name, quantize_linear(output, _HEAD_WORDS[lm_head], device))
+        _replace(model, name, quantize_linear(output, HEAD_WEIGHTS.get(lm_head, lm_head), device))
         _trim(device)
     for name, module in modules:
         if module is output:
@@ -103,7 +104,6 @@ def load_model(
 
 
 _MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4")  # those with products of their own for few tokens
-_HEAD_WORDS = {"bf16": "bf16", "fp32": "fp32", "int8": "quanto-int8", "nf4": "bnb-nf4"}
 
 
 def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
