@@ -257,6 +257,11 @@ def overall(samples: list[dict[str, Any]], name: str) -> float:
             return float(ttft / len(samples))
 
 
+def draft_head(draft_weights: str, device: str) -> str:
+    """How a draft's lm_head is stored: in 4 bits where its weights are, and a GPU multiplies them as they are."""
+    return "int4" if draft_weights == "quanto-int4" and device != "cpu" else "bf16"
+
+
 def within_noise(perplexity_ratio: float, floor: Mapping[str, Mapping[str, float]]) -> bool:
     """Whether the unquantized model differs as much from itself: `floor` is run.json's, by the context's length."""
     return any(abs(math.log(perplexity_ratio)) <= measured["ln_ratio"] for measured in floor.values())

@@ -107,14 +107,17 @@ class Worker:
         self.meter.begin()
         target = self.engine.target
         head, embedding = target.get_output_embeddings(), target.get_input_embeddings()
-        shared = head is not None and head.weight is embedding.weight
-        resident = 0 if group["embeddings"] == "host" and self.device != "cpu" else module_bytes(embedding)
+        shared = head is not None and getattr(head, "weight", None) is embedding.weight
+        on_host = group["embeddings"] == "host" and self.device != "cpu"
+        resident = 0 if on_host else module_bytes(embedding)
+        draft = self.engine.draft
+        beside = module_bytes(draft.get_input_embeddings()) if draft is not None and on_host else 0
         head_bytes = 0 if shared else module_bytes(head)
         self.owners = {
             "weights": module_bytes(target) - module_bytes(embedding) - head_bytes,
             "lm_head": head_bytes,
             "embeddings": resident,
-            "draft": module_bytes(self.engine.draft),
+            "draft": module_bytes(draft) - beside,
         }
         return {"load_s": self.load_s, "owners": self.owners, **self.load_peaks}
 

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ..config import HEAD_WEIGHTS, Configuration, LoadGroup
+from ..config import HEAD_WEIGHTS, Configuration, LoadGroup, draft_head
 from .cache import stored_bytes
 from .graph import Recordings
 from .load import Progress, Unsupported, load_model
@@ -96,7 +96,14 @@ class Engine:
         draft = None
         if group.draft != "none":
             progress("loading the draft")
-            draft = load_model(group.draft, weights=group.draft_weights, attention=group.attention, device=device)
+            draft = load_model(
+                group.draft,
+                weights=group.draft_weights,
+                lm_head=draft_head(group.draft_weights, device),
+                embeddings=group.embeddings,
+                attention=group.attention,
+                device=device,
+            )
             check_draft(target, draft)
         return cls(target, draft, group, device)
 

@@ -89,11 +89,10 @@ class Recordings:
 
         Also how many tokens it holds already of the prompt `again`.
         """
-        embeddings = group.embeddings if role == "target" else "device"
         recorded = check_launch(configuration, group, device)
         if again is None and not recorded:
             self.close()
-            return Runner(model, configuration.cache, capacity, device, embeddings), 0
+            return Runner(model, configuration.cache, capacity, device, group.embeddings), 0
         if recorded:
             capacity = bucket(capacity)
         elif configuration.cache != "static" and not configuration.cache.startswith("quantized-"):
@@ -106,12 +105,12 @@ class Recordings:
         kept = self.kept.pop((role, key), None)
         cached = kept.resume(again, configuration.prefill_chunk) if kept is not None and again is not None else 0
         if recorded:
-            kept = kept or StepRunner(model, key, device, embeddings)
+            kept = kept or StepRunner(model, key, device, group.embeddings)
             assert isinstance(kept, StepRunner)
             kept.start(sizes, cached)
         elif not cached:
             kept = None  # its memory goes before the next is made
-            kept = Runner(model, configuration.cache, capacity, device, embeddings)
+            kept = Runner(model, configuration.cache, capacity, device, group.embeddings)
         assert kept is not None
         self.kept[role, key] = kept
         return kept, cached
