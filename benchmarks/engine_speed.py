@@ -180,6 +180,7 @@ def _line(row: Row) -> str:
 @click.option("--size", default="8b", show_default=True)
 @click.option("--draft", default="1b", show_default=True)
 @click.option("--weights", default="bnb-nf4,quanto-int4", show_default=True)
+@click.option("--lm-head", default="bf16", show_default=True)
 @click.option("--contexts", default="2k,16k", show_default=True)
 @click.option("--depths", default="3,4,5,6", show_default=True, help="empty: no speculation")
 @click.option("--new-tokens", default=96, show_default=True)
@@ -192,6 +193,7 @@ def main(
     size: str,
     draft: str,
     weights: str,
+    lm_head: str,
     contexts: str,
     depths: str,
     new_tokens: int,
@@ -213,7 +215,8 @@ def main(
             _note("built the pair")
         summaries: list[Row] = []
         for word in weights.split(","):
-            group = LoadGroup(weights=word, draft=str(pair / "draft") if depths else "none", draft_weights=word)
+            drafted = {"draft": str(pair / "draft"), "draft_weights": word} if depths else {}
+            group = LoadGroup(weights=word, lm_head=lm_head, **drafted)
             engine = Engine.load(str(pair / "target"), group, device)
             _note(f"loaded {word}")
             parsed = tuple(int(depth) for depth in depths.split(",")) if depths else ()
