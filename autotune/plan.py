@@ -61,7 +61,8 @@ DRAFT_KERNELS = 30 * MIB
 # On a GPU every layer's cache is cut out of free blocks, whose rests the next large vectors do not fit: share of the
 # prefill's activations, and as much again of it as a preallocated cache holds of the bytes of one in full precision.
 CUT_BLOCKS, CUT_BY_SLOTS = 0.10, 0.20
-# A cache that grows by concatenation leaves its outgrown blocks with the allocator: share of its full-precision size.
+# What grows from chunk to chunk, a cache that is concatenated as well as the vectors of attention, leaves its outgrown
+# blocks with the allocator: share of its last size.
 GROWTH_SLACK = {"cuda": 0.30, "cpu": 0.05}
 QUANTIZED_GROWTH_SLACK = 0.5  # on a CPU: expanded for each pass, and quantized again beside that
 
@@ -580,7 +581,8 @@ def _activations(
     a recorded step has a pool of its own beside all other passes.
     """
     load = LOAD_COPIES.get(c.weights, 0) * target.largest_linear * 2
-    decode = _pass_bytes(target, c, c.depth + 1, tokens, True, c.depth + 1, kind)
+    reads = c.attention != "split_kv"  # which takes the cache as it is stored, but for prompts, which sdpa feeds
+    decode = _pass_bytes(target, c, c.depth + 1, tokens, reads, c.depth + 1, kind)
     drafts = 0
     if draft is not None and c.has_draft_model:
         drafts = _prefill_bytes(draft, c.replace(weights=c.draft_weights, lm_head="bf16"), context, tokens, kind)
@@ -610,7 +612,8 @@ def _slack(
         vector = min(c.prefill_chunk or context, context) * target.intermediate_size * _element(target, c.weights)
         if vector > expanded:  # else the intermediate vectors lie where the matrix was
             cut += expanded * (1 if _merged(target, c.weights, kind) else 2)
-        return round(cut + (0 if whole or not grows else GROWTH_SLACK[kind] * (kv + draft_kv)))
+        outgrown = 0 if whole else prefill + (kv + draft_kv if grows else 0)
+        return round(cut + GROWTH_SLACK[kind] * outgrown)
     slack = min(HEAP_KEPT[kind], activations)
     slack += DRAFT_KERNELS if c.has_draft_model and c.weights in ("bf16", "fp32", "quanto-int4") else 0
     if grows:
@@ -677,7 +680,7 @@ def _attention_bytes(shape: ModelShape, c: Configuration, queries: int, keys: in
     needed = 0
     if c.attention == "eager" or (unfused and queries > 1):
         needed = shape.heads * pairs * (2 * element + SCORE_BYTES) + pairs * element + repeated
-    elif c.attention == "sdpa" and queries > 1 and (past or sliding):
+    elif c.attention in ("sdpa", "split_kv") and queries > 1 and (past or sliding):
         needed = pairs * (MASK_BYTES + element) + repeated
     if past and c.cache.startswith("quantized"):
         return needed + layer  # expanded for the pass

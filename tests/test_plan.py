@@ -149,6 +149,15 @@ def test_measured_peaks_are_reproduced(llama, small_draft, weights, cache, conte
     assert held / MIB == pytest.approx(reserved, rel=0.01)
 
 
+def test_a_measured_peak_of_recorded_steps_after_chunks_is_reproduced(llama):
+    configuration = Configuration(weights="quanto-int4", lm_head="nf4", embeddings="host", cache="quantized-4")
+    configuration = configuration.replace(attention="split_kv", prefill_chunk=1024, launch="graph")
+    prediction = at(llama, configuration, 16384, new_tokens=128)
+    held = prediction.total - prediction.owners["base"]
+    assert (held - prediction.owners["slack"]) / MIB == pytest.approx(4864, rel=0.005)
+    assert held / MIB == pytest.approx(5074, rel=0.01)
+
+
 def test_a_draft_cache_is_made_after_the_prefill_of_the_target(llama, small_draft):
     alone = at(llama, Configuration(), 8192)
     both = at(llama, Configuration(draft="1b", draft_weights="bf16", depth=4), 8192, draft=small_draft)
