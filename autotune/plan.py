@@ -46,9 +46,9 @@ UNPACKED = 2**24
 # bnb-int8 makes a product in int32; on a CPU, scaling it takes float32 copies beside that.
 INT8_PRODUCT_BYTES = {"cuda": 4, "cpu": 16}
 MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4")  # on a GPU, gate and up are one product of these
-DEQUANTIZED_FROM = {"bnb-nf4": 2, "bnb-fp4": 2, "nf4": 2, "quanto-int8": 1, "int8": 1}  # tokens; from there on the
-# whole matrix is expanded before the product
-DEQUANTIZED_FROM |= {"quanto-int4": 128}  # on a GPU, UNPACKED weights at a time
+# Tokens from which on a whole matrix is expanded before the product; bitsandbytes' own 4-bit kernel takes fewer, and
+# quanto-int4 is expanded on a GPU, UNPACKED weights at a time.
+DEQUANTIZED_FROM = {"bnb-nf4": 8, "bnb-fp4": 8, "nf4": 8, "quanto-int8": 1, "int8": 1, "quanto-int4": 128}
 LOAD_COPIES = {"bnb-int8": 2}  # half-precision copies of the matrix being quantized that outweigh a prefill's workspace
 WORKSPACE = {"cuda": 32 * MIB, "cpu": 0}  # cuBLAS keeps one per process (Hopper's; older GPUs take 8 MiB)
 KERNELS = {"cuda": 80 * MIB, "cpu": 0}  # code that CUDA loads as it is first used, after the base was read

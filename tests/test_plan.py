@@ -158,6 +158,12 @@ def test_a_measured_peak_of_recorded_steps_after_chunks_is_reproduced(llama):
     assert held / MIB == pytest.approx(5074, rel=0.01)
 
 
+@pytest.mark.parametrize(("depth", "expanded"), [(6, False), (7, True)])
+def test_a_head_in_4_bits_is_expanded_for_eight_tokens(llama, depth, expanded):
+    verify = Configuration(lm_head="nf4", draft="prompt-lookup", depth=depth)
+    assert (at(llama, verify).owners["activations"] > 128256 * 4096 * 2) is expanded
+
+
 def test_a_draft_cache_is_made_after_the_prefill_of_the_target(llama, small_draft):
     alone = at(llama, Configuration(), 8192)
     both = at(llama, Configuration(draft="1b", draft_weights="bf16", depth=4), 8192, draft=small_draft)
@@ -212,20 +218,20 @@ def test_merged_weights_are_those_that_the_engine_merges():
 
 
 @pytest.mark.parametrize("launch", ["eager", "graph"])
-@pytest.mark.parametrize("head_dim", [16, 48])
+@pytest.mark.parametrize(("head_dim", "context"), [(16, 450), (48, 4500)])
 @pytest.mark.parametrize("cache", ["static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8"])
-def test_a_cache_has_the_size_that_the_engine_gives_it(tmp_path, cache, head_dim, launch):
+def test_a_cache_has_the_size_that_the_engine_gives_it(tmp_path, cache, head_dim, context, launch):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     caches, graph = pytest.importorskip("autotune.engine.cache"), pytest.importorskip("autotune.engine.graph")
     config = SMALL | {"model_type": "llama", "head_dim": head_dim, "dtype": "bfloat16"}
     configuration = Configuration(cache=cache, launch=launch, draft="prompt-lookup", depth=3)
-    capacity = 300 + 96 + 3 + 1  # as the decode loop asks for it
+    capacity = context + 96 + 3 + 1  # as the decode loop asks for it
     capacity, spare = (capacity, 0) if launch == "eager" else (graph.bucket(capacity), graph.LONGEST)
     made = caches.make_cache(cache, transformers.AutoConfig.for_model(**config), capacity, "cpu", spare)
     for layer in range(3):
         made.update(*torch.ones(2, 1, 2, 1, head_dim, dtype=torch.bfloat16), layer)
-    said = at(shape_of(tmp_path, config), configuration, 300)
+    said = at(shape_of(tmp_path, config), configuration, context)
     assert said.owners["kv_cache"] == caches.stored_bytes(made)
 
 
