@@ -445,12 +445,12 @@ def predict(
         raise PlanError(f"the shape of the draft {configuration.draft} is needed; give its folder")
     c, kind, tokens = configuration, device.partition(":")[0], context + new_tokens + configuration.depth
     weights, head, embeddings, host = _model_bytes(target, c.weights, c.lm_head, c.embeddings)
-    held = _held(target, c, tokens, c.weights)
+    held = _kv_by_layer(target, c, tokens, c.weights)
     kv = sum(sorted(held)[-2:]) if c.cache == "offloaded" else sum(held)  # one layer in use, the next on its way
     drafted = draft_kv = 0
     if draft is not None and c.has_draft_model:
         drafted = sum(_model_bytes(draft, c.draft_weights, "bf16", "device")[:3])
-        draft_kv = sum(_held(draft, c, tokens, c.draft_weights))
+        draft_kv = sum(_kv_by_layer(draft, c, tokens, c.draft_weights))
     prefill = _prefill_bytes(target, c, context, tokens, kind)
     activations = _activations(target, draft, c, context, tokens, prefill, draft_kv, kind)
     slack = FRAGMENTS[kind] + _slack(target, c, context, tokens, prefill, activations, kv, draft_kv, kind)
@@ -533,7 +533,7 @@ def _counted_bytes(shape: ModelShape, weights: str, lm_head: str, embeddings: st
     return blocks, head, embedding - head if shared else embedding, 0
 
 
-def _held(shape: ModelShape, c: Configuration, tokens: int, weights: str) -> list[int]:
+def _kv_by_layer(shape: ModelShape, c: Configuration, tokens: int, weights: str) -> list[int]:
     """Each layer's keys and values, at `tokens` with the deepest speculation; the draft's cache is as the target's."""
     return [_kv_bytes(shape, layer, c, tokens, weights) for layer in shape.layers]
 
@@ -620,7 +620,7 @@ def _slack(
         return slack + round(GROWTH_SLACK[kind] * (kv + draft_kv))
     if c.cache == "static":
         return slack
-    full = sum(_held(target, c.replace(cache="dynamic"), tokens, c.weights))
+    full = sum(_kv_by_layer(target, c.replace(cache="dynamic"), tokens, c.weights))
     return slack + round(QUANTIZED_GROWTH_SLACK * full + GROWTH_SLACK[kind] * draft_kv)
 
 
@@ -791,7 +791,7 @@ class LayerRow(NamedTuple):
 def by_layer(target: ModelShape, configuration: Configuration, context: int, new_tokens: int) -> list[LayerRow]:
     """A row per decoder layer of the target."""
     c, element = configuration, _element(target, configuration.weights)
-    held = _held(target, c, context + new_tokens + c.depth, c.weights)
+    held = _kv_by_layer(target, c, context + new_tokens + c.depth, c.weights)
     return [
         LayerRow(i, _block_bytes(layer, c.weights, element), kv_bytes)
         for i, (layer, kv_bytes) in enumerate(zip(target.layers, held, strict=True))
