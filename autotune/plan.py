@@ -6,7 +6,9 @@ and a JSON text, https://github.com/huggingface/safetensors#format). The physics
 - A stored matrix costs its elements, and a quantized one its scales as well. The cache costs 2 * kv_heads * head_dim
   elements per layer and token (kv_heads, not heads).
 - Activations peak in the pass with the most tokens, which is the prefill: some copies of the hidden state, and the
-  MLP's intermediate vectors or the attention's masks and repeated heads, whichever is more.
+  MLP's intermediate vectors or the attention's masks and repeated heads, whichever is more. The target's prefill is
+  over before the draft's cache is made.
+- On a GPU the allocator holds blocks that a cache was cut out of and that nothing fits any more.
 - A decode step reads every weight and the whole cache once: bytes over bandwidth is its floor.
 
 `calibrate` learns from records what the physics leaves out. All sizes are in bytes unless the name says otherwise.
@@ -14,6 +16,7 @@ and a JSON text, https://github.com/huggingface/safetensors#format). The physics
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -23,32 +26,46 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from autotune.config import MIB, Budget, Configuration, Record
+from autotune.config import MIB, Budget, Configuration, Record, draft_head
 
 BNB_BLOCK = 64  # weights that share one absmax
 BNB_NESTED_BLOCK = 256  # absmax values that share one second-level scale (double quantization)
 BNB_TABLES = 4 * (16 + 256 + 1)  # float32 code books of both levels and the offset, once per matrix
 QUANTO_GROUP = 128  # the largest group of qint4; reduced by 32 until it divides the row
-CACHE_GROUP = 64  # cache elements that share a scale and a zero point
-CACHE_GROUP_BYTES = 2 + 2  # that scale and zero point
-CACHE_WINDOW = 64  # latest tokens that a group-wise quantized cache keeps in full precision, beside the depth
+CACHE_GROUP = 64  # tokens (of keys) or channels (of values) that share a scale and a minimum in a quantized cache
+CACHE_SCALE = 2  # bytes of a scale, and of a minimum
+CACHE_WINDOW = 32 + CACHE_GROUP  # slots for the latest tokens, which a quantized cache keeps in full precision
+CACHE_SPARE = 32  # slots more where steps are recorded, which may be longer than what they add
 
-HIDDEN_COPIES = 4  # residual, normalized input, block output and their sum are alive together
+HIDDEN_COPIES = 4  # the embeddings, the layer's input, the residual and the normalized input are alive together
+ROTARY = 2  # cosines and sines of every position
 MASK_BYTES = 1  # the boolean mask; the kernel adds a copy of it in the activations' type
 SCORE_BYTES = 4  # eager softmax works in float32, between scores and probabilities in the activations' type
 LOGIT_BYTES = 4  # logits are cast to float32 for the choice of a token
-INT8_PRODUCT_BYTES = 4  # bnb-int8 accumulates a product in int32 before it is scaled
-# Tokens from which the whole matrix is expanded before the product.
-DEQUANTIZED_FROM = {"bnb-nf4": 2, "bnb-fp4": 2, "nf4": 2, "quanto-int8": 1, "int8": 1, "int4": 1}
+UNPACKED = 2**24
+# bnb-int8 makes a product in int32; on a CPU, scaling it takes float32 copies beside that.
+INT8_PRODUCT_BYTES = {"cuda": 4, "cpu": 16}
+MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4")  # on a GPU, gate and up are one product of these
+# Tokens from which on a whole matrix is expanded before the product; bitsandbytes' own 4-bit kernel takes fewer, and
+# quanto-int4 is expanded on a GPU, UNPACKED weights at a time.
+DEQUANTIZED_FROM = {"bnb-nf4": 8, "bnb-fp4": 8, "nf4": 8, "quanto-int8": 1, "int8": 1, "int4": 1, "quanto-int4": 128}
 MULTIPLIED_ON = {"int8": "cpu", "int4": "cuda"}  # an lm_head that is multiplied as it is stored there
 LOAD_COPIES = {"bnb-int8": 2}  # half-precision copies of the matrix being quantized that outweigh a prefill's workspace
 WORKSPACE = {"cuda": 32 * MIB, "cpu": 0}  # cuBLAS keeps one per process (Hopper's; older GPUs take 8 MiB)
-FRAGMENTS = {"cuda": 50 * MIB, "cpu": 32 * MIB}  # partly used allocator segments; code and kernels of the first pass
-HEAP_KEPT = {"cuda": 0, "cpu": 16 * MIB}  # freed activations that the heap keeps, up to Meter's M_TRIM_THRESHOLD
-DRAFT_FIRST_USE = {"cuda": 0, "cpu": 20 * MIB}  # kernels for the draft's shapes and for every count of verified tokens
-# A cache that grows by concatenation leaves its outgrown blocks with the allocator: share of its full-precision size.
+KERNELS = {"cuda": 80 * MIB, "cpu": 0}  # code that CUDA loads as it is first used, after the base was read
+INT8_KERNELS = 60 * MIB  # and that of bnb-int8
+# An allocator's segment that is used in part; on a CPU, the code and the kernels of the first pass.
+FRAGMENTS = {"cuda": 20 * MIB, "cpu": 32 * MIB}
+HEAP_KEPT = {"cuda": 0, "cpu": 32 * MIB}  # freed activations that the heap keeps at most: twice M_TRIM_THRESHOLD
+# On a CPU, oneDNN's for a draft's shapes and every count of verified tokens, where matrices are, or become, bf16.
+DRAFT_KERNELS = 30 * MIB
+# On a GPU every layer's cache is cut out of free blocks, whose rests the next large vectors do not fit: share of the
+# prefill's activations, and as much again of it as a preallocated cache holds of the bytes of one in full precision.
+CUT_BLOCKS, CUT_BY_SLOTS = 0.10, 0.20
+# What grows from chunk to chunk, a cache that is concatenated as well as the vectors of attention, leaves its outgrown
+# blocks with the allocator: share of its last size.
 GROWTH_SLACK = {"cuda": 0.30, "cpu": 0.05}
-QUANTIZED_GROWTH_SLACK = {"cuda": 0.42, "cpu": 0.75}  # and it is expanded and quantized again beside that
+QUANTIZED_GROWTH_SLACK = 0.5  # on a CPU: expanded for each pass, and quantized again beside that
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
@@ -146,6 +163,12 @@ class ModelShape:
         """Vectors of the intermediate size that are alive together: activation, up and product; or in and out."""
         names = " ".join(linear.name for linear in self._linears)
         return 4 if "gate_up" in names else 3 if "gate" in names or "w3" in names else 2
+
+    @cached_property
+    def gate_and_up(self) -> int:
+        """Elements of a layer's gate_proj and up_proj together; 0 where they are not apart."""
+        parts = [n for n in self.layers[0].linears if "gate_proj" in n.name or "up_proj" in n.name]
+        return sum(n.out * n.inp for n in parts) if len(parts) == 2 else 0
 
 
 def check_folder(folder: Path) -> None:
@@ -376,12 +399,14 @@ def _windows(family: str, config: Mapping[str, Any], count: int) -> list[int | N
 class Calibration:
     """What the process holds before any weight, and what measurement added to the formulas.
 
-    `corrections` maps words of the configuration to an offset (bytes) and a share of cache and activations to add.
-    `error` is the relative error of `total` (95th percentile) on records that were left out of the fit; None where
-    there were none.
+    To what the formulas say are added the `share` of cache and activations that they missed, the same for all, and by
+    words of the configuration (see `_keys`) an offset in bytes; the sum is raised by a share of itself, which covers
+    every record and the `SPREAD` of the next one. `corrections` holds those two. `error` is the relative error of
+    `total` (95th percentile) on records that were left out of the fit; None where there were none.
     """
 
     base_bytes: int
+    share: float = 0.0
     corrections: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     error: float | None = None
 
@@ -420,19 +445,24 @@ def predict(
     if configuration.has_draft_model and draft is None:
         raise PlanError(f"the shape of the draft {configuration.draft} is needed; give its folder")
     c, kind, tokens = configuration, device.partition(":")[0], context + new_tokens + configuration.depth
-    element = _element(target, c.weights)
     weights, head, embeddings, host = _model_bytes(target, c.weights, c.lm_head, c.embeddings)
-    held = [_kv_bytes(layer, c.cache, tokens, c.depth, element) for layer in target.layers]
+    held = _kv_by_layer(target, c, tokens, c.weights)
     kv = sum(sorted(held)[-2:]) if c.cache == "offloaded" else sum(held)  # one layer in use, the next on its way
-    drafted, draft_kv = _draft_bytes(draft, c, tokens) if draft is not None and c.has_draft_model else (0, 0)
-    activations = _activations(target, c, context, tokens, kind)
-    slack = FRAGMENTS[kind] + min(HEAP_KEPT[kind], activations) + _growth_slack(target, c, tokens, kv, draft_kv, kind)
-    slack += DRAFT_FIRST_USE[kind] if c.has_draft_model else 0
-    correction = _correction(calibration, c, kv + draft_kv + activations)
-    movable = max(0, activations + slack + round(correction))  # a negative correction takes from these two
+    drafted = draft_kv = 0
+    if draft is not None and c.has_draft_model:
+        *resident, on_host = _model_bytes(draft, c.draft_weights, draft_head(c.draft_weights, kind), c.embeddings)
+        drafted, host = sum(resident), host + on_host
+        draft_kv = sum(_kv_by_layer(draft, c, tokens, c.draft_weights))
+    prefill = _prefill_bytes(target, c, context, tokens, kind)
+    activations = _activations(target, draft, c, context, tokens, prefill, draft_kv, kind)
+    slack = FRAGMENTS[kind] + _slack(target, c, context, tokens, prefill, activations, kv, draft_kv, kind)
+    base = calibration.base_bytes + KERNELS[kind] + (INT8_KERNELS if (c.weights, kind) == ("bnb-int8", "cuda") else 0)
+    fixed = base + weights + head + embeddings + drafted + kv + draft_kv
+    said = _corrected(calibration, c, fixed + activations + slack, kv + draft_kv + activations)
+    movable = max(0, round(said) - fixed)  # a negative correction takes from these two
     activations = min(activations, movable)
     owners = {
-        "base": calibration.base_bytes,
+        "base": base,
         "weights": weights,
         "lm_head": head,
         "embeddings": embeddings,
@@ -443,7 +473,7 @@ def predict(
         "slack": movable - activations,
     }
     floor = (weights + head + sum(held)) / bandwidth if bandwidth else None
-    per_token = sum(layer.kv_elements for layer in target.layers) * _cache_element(c.cache, element)
+    per_token = sum(layer.kv_elements for layer in target.layers) * _cache_element(target, c.cache, c.weights)
     return Prediction(owners, host + sum(held) - kv, round(per_token), floor)
 
 
@@ -505,52 +535,103 @@ def _counted_bytes(shape: ModelShape, weights: str, lm_head: str, embeddings: st
     return blocks, head, embedding - head if shared else embedding, 0
 
 
-def _kv_bytes(layer: LayerShape, cache: str, tokens: int, depth: int, element: int) -> int:
-    """One layer's keys and values of `tokens` tokens."""
-    if layer.window and cache in ("dynamic", "sliding"):
-        tokens = min(tokens, layer.window)
-    grouped = cache.startswith("quantized") and cache != "quantized-fp8"
-    recent = min(tokens, CACHE_WINDOW + depth) if grouped else 0
-    return round(layer.kv_elements * (recent * element + (tokens - recent) * _cache_element(cache, element)))
+def _kv_by_layer(shape: ModelShape, c: Configuration, tokens: int, weights: str) -> list[int]:
+    """Each layer's keys and values, at `tokens` with the deepest speculation; the draft's cache is as the target's."""
+    return [_kv_bytes(shape, layer, c, tokens, weights) for layer in shape.layers]
 
 
-def _draft_bytes(draft: ModelShape, c: Configuration, tokens: int) -> tuple[int, int]:
-    """The draft model's weights, lm_head and embeddings, and its full-precision cache."""
-    cache, element = "static" if c.cache == "static" else "dynamic", _element(draft, c.draft_weights)
-    kv = sum(_kv_bytes(layer, cache, tokens, 0, element) for layer in draft.layers)
-    return sum(_model_bytes(draft, c.draft_weights, "bf16", "device")[:3]), kv
-
-
-def _growth_slack(target: ModelShape, c: Configuration, tokens: int, kv: int, draft_kv: int, kind: str) -> int:
-    """Outgrown blocks that stay with the allocator; a static cache has none."""
+def _kv_bytes(shape: ModelShape, layer: LayerShape, c: Configuration, tokens: int, weights: str) -> int:
+    element = _element(shape, weights)
+    if c.cache in ("dynamic", "sliding", "offloaded"):
+        kept = min(tokens, layer.window or tokens) if c.cache == "sliding" else tokens
+        return layer.kv_elements * kept * element
+    slots, spare = tokens + 1, 0
+    if c.launch != "eager" or c.attention == "split_kv":  # recorded steps share a cache of a round size
+        size = 256 if slots <= 4096 else 1024
+        slots, spare = -(-slots // size) * size, CACHE_SPARE
     if c.cache == "static":
-        return 0
-    if not c.cache.startswith("quantized"):
-        return round(GROWTH_SLACK[kind] * (kv + draft_kv))
-    element = _element(target, c.weights)
-    full = sum(_kv_bytes(layer, "dynamic", tokens, 0, element) for layer in target.layers)
-    return round(QUANTIZED_GROWTH_SLACK[kind] * full + GROWTH_SLACK[kind] * draft_kv)
+        return layer.kv_elements * (slots + spare) * element
+    slots = -(-slots // CACHE_GROUP) * CACHE_GROUP
+    recent = (CACHE_WINDOW + spare) * element
+    return round(layer.kv_elements * (slots * _cache_element(shape, c.cache, weights) + recent))
 
 
-def _cache_element(cache: str, element: int) -> float:
-    """Bytes of a cached element, with its share of scale and zero point."""
+def _cache_element(shape: ModelShape, cache: str, weights: str) -> float:
+    """Bytes of a cached element, with its share of scales and minima."""
     match cache:
         case "quantized-8" | "quantized-4" | "quantized-2":
-            return int(cache[-1]) / 8 + CACHE_GROUP_BYTES / CACHE_GROUP
+            channels = math.gcd(CACHE_GROUP, shape.head_dim)
+            return int(cache[-1]) / 8 + CACHE_SCALE / CACHE_GROUP + CACHE_SCALE / channels
         case "quantized-fp8":
-            return 1
-    return element
+            return 1 + CACHE_SCALE / shape.head_dim
+    return _element(shape, weights)
 
 
-def _activations(shape: ModelShape, c: Configuration, context: int, tokens: int, kind: str) -> int:
-    """The transient peak: loading, prefill or decode; a captured decode step keeps its own pool beside the others."""
+def _activations(
+    target: ModelShape,
+    draft: ModelShape | None,
+    c: Configuration,
+    context: int,
+    tokens: int,
+    prefill: int,
+    draft_kv: int,
+    kind: str,
+) -> int:
+    """The transient peak beside both caches: loading, a prefill or decode.
+
+    The draft's cache is made after the target's prefill, unless recorded steps keep it from the request before; and
+    a recorded step has a pool of its own beside all other passes.
+    """
+    load = LOAD_COPIES.get(c.weights, 0) * target.largest_linear * 2
+    reads = c.attention != "split_kv"  # which takes the cache as it is stored, but for prompts, which sdpa feeds
+    decode = _pass_bytes(target, c, c.depth + 1, tokens, reads, c.depth + 1, kind)
+    drafts = 0
+    if draft is not None and c.has_draft_model:
+        drafts = _prefill_bytes(
+            draft, c.replace(weights=c.draft_weights, lm_head=draft_head(c.draft_weights, kind)), context, tokens, kind
+        )
+    if c.launch == "eager":
+        return max(load, prefill - draft_kv, drafts, decode) + WORKSPACE[kind]
+    return max(load, prefill, drafts) + decode + WORKSPACE[kind]
+
+
+def _slack(
+    target: ModelShape,
+    c: Configuration,
+    context: int,
+    tokens: int,
+    prefill: int,
+    activations: int,
+    kv: int,
+    draft_kv: int,
+    kind: str,
+) -> int:
+    """What the allocator or the heap holds beside everything that is in use."""
+    grows = c.cache in ("dynamic", "sliding", "offloaded")
+    if kind == "cuda":
+        whole = not c.prefill_chunk or c.prefill_chunk >= context
+        slots = 0.0 if grows else _cache_element(target, c.cache, c.weights) / _element(target, c.weights)
+        cut = (CUT_BLOCKS + CUT_BY_SLOTS * slots) * prefill
+        expanded = _expanded_bytes(target, c.weights, min(c.prefill_chunk or context, context), kind)
+        vector = min(c.prefill_chunk or context, context) * target.intermediate_size * _element(target, c.weights)
+        if vector > expanded:  # else the intermediate vectors lie where the matrix was
+            cut += expanded * (1 if _merged(target, c.weights, kind) else 2)
+        outgrown = 0 if whole else prefill + (kv + draft_kv if grows else 0)
+        return round(cut + GROWTH_SLACK[kind] * outgrown)
+    slack = min(HEAP_KEPT[kind], activations)
+    slack += DRAFT_KERNELS if c.has_draft_model and c.weights in ("bf16", "fp32", "quanto-int4") else 0
+    if grows:
+        return slack + round(GROWTH_SLACK[kind] * (kv + draft_kv))
+    if c.cache == "static":
+        return slack
+    full = sum(_kv_by_layer(target, c.replace(cache="dynamic"), tokens, c.weights))
+    return slack + round(QUANTIZED_GROWTH_SLACK * full + GROWTH_SLACK[kind] * draft_kv)
+
+
+def _prefill_bytes(shape: ModelShape, c: Configuration, context: int, tokens: int, kind: str) -> int:
     chunk = min(c.prefill_chunk or context, context)
     keys = tokens if c.cache == "static" and chunk < context else context
-    load = LOAD_COPIES.get(c.weights, 0) * shape.largest_linear * 2
-    prefill = _pass_bytes(shape, c, chunk, keys, chunk < context, 1, kind)
-    decode = _pass_bytes(shape, c, c.depth + 1, tokens, True, c.depth + 1, kind)
-    peak = max(load, prefill, decode) if c.launch == "eager" else max(load, prefill) + decode
-    return peak + WORKSPACE[kind]
+    return _pass_bytes(shape, c, chunk, keys, chunk < context, 1, kind)
 
 
 def _pass_bytes(
@@ -558,7 +639,7 @@ def _pass_bytes(
 ) -> int:
     """The peak of one forward pass of `queries` tokens over `keys` cached tokens."""
     element = _element(shape, c.weights)
-    hidden = HIDDEN_COPIES * queries * shape.hidden_size * element
+    hidden = queries * (HIDDEN_COPIES * shape.hidden_size + ROTARY * shape.head_dim) * element
     head = logits * shape.vocab_size * (element + LOGIT_BYTES)
     if c.lm_head in DEQUANTIZED_FROM and MULTIPLIED_ON.get(c.lm_head) != kind:
         head += (logits >= DEQUANTIZED_FROM[c.lm_head]) * shape.lm_head_elements * element
@@ -567,14 +648,29 @@ def _pass_bytes(
 
 
 def _mlp_bytes(shape: ModelShape, weights: str, queries: int, element: int, kind: str) -> int:
-    """Intermediate vectors; or all but the last of them and the workspace of the product that makes the last."""
+    """Intermediate vectors; or those of a product (gate and up may be one) with what it needs besides."""
     vector = queries * shape.intermediate_size * element
-    workspace = 0
+    merged = _merged(shape, weights, kind)
+    copies = 4 if merged else shape.mlp_copies
+    workspace = _expanded_bytes(shape, weights, queries, kind)
     if weights == "bnb-int8":
-        workspace = queries * shape.intermediate_size * INT8_PRODUCT_BYTES + vector
-    elif weights in DEQUANTIZED_FROM and not (weights == "quanto-int8" and kind == "cpu"):  # a CPU multiplies int8
-        workspace = (queries >= DEQUANTIZED_FROM[weights]) * shape.largest_linear * element
-    return max(shape.mlp_copies * vector, (shape.mlp_copies - 1) * vector + workspace)
+        workspace = queries * (shape.intermediate_size * INT8_PRODUCT_BYTES[kind] + shape.hidden_size) + vector
+    return max(copies * vector, (2 if merged else copies - 1) * vector + workspace)
+
+
+def _merged(shape: ModelShape, weights: str, kind: str) -> bool:
+    return kind == "cuda" and weights in MERGED and shape.gate_and_up > 0
+
+
+def _expanded_bytes(shape: ModelShape, weights: str, queries: int, kind: str) -> int:
+    """The largest matrix in full precision, where a product of so many tokens begins with that."""
+    if queries < DEQUANTIZED_FROM.get(weights, queries + 1) or (weights == "quanto-int8" and kind == "cpu"):
+        return 0  # a CPU multiplies int8
+    if weights == "quanto-int4":
+        return UNPACKED * _element(shape, weights) if kind == "cuda" else 0
+    elements = shape.gate_and_up if _merged(shape, weights, kind) else shape.largest_linear
+    scales = 2 * 4 * elements // BNB_BLOCK if weights in ("bnb-nf4", "bnb-fp4") else 0  # float32, and once more
+    return elements * _element(shape, weights) + scales
 
 
 def _attention_bytes(shape: ModelShape, c: Configuration, queries: int, keys: int, past: bool, kind: str) -> int:
@@ -588,76 +684,72 @@ def _attention_bytes(shape: ModelShape, c: Configuration, queries: int, keys: in
     needed = 0
     if c.attention == "eager" or (unfused and queries > 1):
         needed = shape.heads * pairs * (2 * element + SCORE_BYTES) + pairs * element + repeated
-    elif c.attention == "sdpa" and queries > 1 and (past or sliding):
+    elif c.attention in ("sdpa", "split_kv") and queries > 1 and (past or sliding):
         needed = pairs * (MASK_BYTES + element) + repeated
     if past and c.cache.startswith("quantized"):
         return needed + layer  # expanded for the pass
     return max(needed, layer // 2 if past and c.cache != "static" else 0)  # new keys beside the old, then the values
 
 
+# How far above all records of its kind, as a share of itself, the next may lie: a heap varies more than CUDA's pool.
+SPREAD = {"cuda": 0.005, "cpu": 0.01}
 _COMPLETED = ("ok", "quality_loss", "wrong_output", "unstable")  # their peaks were not cut short
 
 
 def calibrate(pairs: Iterable[tuple[Record, Prediction]], device: str) -> Calibration:
-    """Learns offsets from records and what `predict` said of them with `DEFAULT`, all of one machine and workload.
+    """Learns corrections from records and what `predict` said of them with `DEFAULT`, all of one machine and workload.
 
-    Afterwards no record's prediction is more than 1 % below its measured peak. Records that failed are not used.
+    Afterwards no record's prediction is below its measured peak. Records that failed are not used.
     """
-    default = DEFAULT[device.partition(":")[0]]
+    kind = device.partition(":")[0]
     kept = [(r, p) for r, p in pairs if r.outcome in _COMPLETED and r.peak_bytes]
-    fitted = _fit(kept, default)
+    fitted = _fit(kept, kind)
     errors = []
     for i, (record, prediction) in enumerate(kept if len(kept) > 1 else ()):
-        others = _fit(kept[:i] + kept[i + 1 :], default, _keys(record.configuration))
-        body = prediction.total - prediction.owners["base"]
-        said = others.base_bytes + body + _correction(others, record.configuration, _moving(prediction))
+        others = _fit(kept[:i] + kept[i + 1 :], kind, _keys(record.configuration))
+        whole = prediction.total + others.base_bytes - DEFAULT[kind].base_bytes
+        said = _corrected(others, record.configuration, whole, _moving(prediction))
         errors.append(abs(said / (record.peak_bytes or 1) - 1))
-    return Calibration(fitted.base_bytes, fitted.corrections, _high(errors) if errors else None)
+    return dataclasses.replace(fitted, error=_high(errors) if errors else None)
 
 
 def _keys(configuration: Configuration) -> tuple[str, ...]:
-    """The words that a correction is kept under, the most specific first."""
-    c, draft = configuration, " draft" if configuration.has_draft_model else ""
-    return f"{c.weights} {c.cache} {c.launch}{draft}", f"{c.weights}{draft}", c.weights
+    """The words that a correction is kept under, the most specific first; the last stands for all configurations."""
+    c = configuration
+    return f"{c.weights} {c.launch}{' draft' if c.has_draft_model else ''}", c.weights, ""
 
 
 def _moving(prediction: Prediction) -> int:
     return sum(prediction.owners[owner] for owner in ("kv_cache", "draft_kv_cache", "activations"))
 
 
-def _fit(
-    pairs: Sequence[tuple[Record, Prediction]], default: Calibration, wanted: tuple[str, ...] | None = None
-) -> Calibration:
-    """Without the error; only the corrections of one configuration's words where those are `wanted`."""
-    base = max((r.base_bytes for r, _ in pairs if r.base_bytes), default=default.base_bytes)
-    points: dict[str, list[tuple[int, int, int]]] = {}
+def _fit(pairs: Sequence[tuple[Record, Prediction]], kind: str, wanted: tuple[str, ...] | None = None) -> Calibration:
+    """Without the error; only the corrections under the `wanted` keys where those are given."""
+    default = DEFAULT[kind].base_bytes
+    base = max((r.base_bytes for r, _ in pairs if r.base_bytes), default=default)
+    kinds: dict[str, list[tuple[int, int, int]]] = {}  # the moving bytes, the whole prediction and the truth
     for record, prediction in pairs:
-        peak = record.peak_bytes or 0
-        missed = peak - base - (prediction.total - prediction.owners["base"])
-        for key in dict.fromkeys(key for key in _keys(record.configuration) if wanted is None or key in wanted):
-            points.setdefault(key, []).append((_moving(prediction), missed, peak))
-    lines: dict[str, tuple[float, float]] = {}
-    chains = dict.fromkeys(_keys(record.configuration) for record, _ in pairs) if wanted is None else [wanted]
-    for keys in chains:
-        slope = 0.0
-        for key in (key for key in reversed(keys) if key in points):  # the widest first, for its slope
-            lines[key] = _upper_line(points[key], slope)
-            slope = lines[key][1]
-    return Calibration(base, lines)
+        point = _moving(prediction), prediction.total + base - default, record.peak_bytes or 0
+        for key in _keys(record.configuration):
+            kinds.setdefault(key, []).append(point)
+    share = _common_share([points for key, points in kinds.items() if " " in key])
+    corrections = {}
+    for key, points in kinds.items():
+        if wanted is None or key in wanted:
+            offset = sum(peak - said - share * moving for moving, said, peak in points) / len(points)
+            above = max(peak / max(1.0, said + share * moving + offset) for moving, said, peak in points)
+            corrections[key] = offset, above - 1 + SPREAD[kind]
+    return Calibration(base, share, corrections)
 
 
-def _upper_line(points: Sequence[tuple[int, int, int]], slope: float) -> tuple[float, float]:
-    """Offset and share of a least-squares line, raised to the 95th percentile and to within 1 % of every peak.
-
-    `slope` is taken where there are fewer than three points to fit one.
-    """
-    mean = sum(x for x, _, _ in points) / len(points)
-    spread = sum((x - mean) ** 2 for x, _, _ in points)
-    if spread and len(points) > 2:
-        slope = sum((x - mean) * y for x, y, _ in points) / spread
-    slope = min(max(slope, -0.5), 2.0)  # more than -1 keeps predictions rising with the context
-    left = [(y - slope * x, peak) for x, y, peak in points]
-    return max(_high([y for y, _ in left]), max(y - 0.01 * peak for y, peak in left)), slope
+def _common_share(kinds: Sequence[Sequence[tuple[int, int, int]]]) -> float:
+    """The slope of what was missed over the moving bytes: least squares with an offset for every kind."""
+    products = squares = 0.0
+    for points in kinds:
+        mean = sum(moving for moving, _, _ in points) / len(points)
+        products += sum((moving - mean) * (peak - said) for moving, said, peak in points)
+        squares += sum((moving - mean) ** 2 for moving, _, _ in points)
+    return min(max(products / squares, -0.5), 1.0) if squares else 0.0  # predictions keep rising with the context
 
 
 def _high(values: Sequence[float]) -> float:
@@ -665,10 +757,10 @@ def _high(values: Sequence[float]) -> float:
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
-def _correction(calibration: Calibration, configuration: Configuration, moving: int) -> float:
+def _corrected(calibration: Calibration, configuration: Configuration, said: int, moving: int) -> float:
     keys = (key for key in _keys(configuration) if key in calibration.corrections)
-    offset, share = next((calibration.corrections[key] for key in keys), (0.0, 0.0))
-    return offset + share * moving
+    offset, above = next((calibration.corrections[key] for key in keys), (0.0, 0.0))
+    return (said + calibration.share * moving + offset) * (1 + above)
 
 
 def largest_context(
@@ -703,10 +795,10 @@ class LayerRow(NamedTuple):
 def by_layer(target: ModelShape, configuration: Configuration, context: int, new_tokens: int) -> list[LayerRow]:
     """A row per decoder layer of the target."""
     c, element = configuration, _element(target, configuration.weights)
-    tokens = context + new_tokens + c.depth
+    held = _kv_by_layer(target, c, context + new_tokens + c.depth, c.weights)
     return [
-        LayerRow(i, _block_bytes(layer, c.weights, element), _kv_bytes(layer, c.cache, tokens, c.depth, element))
-        for i, layer in enumerate(target.layers)
+        LayerRow(i, _block_bytes(layer, c.weights, element), kv_bytes)
+        for i, (layer, kv_bytes) in enumerate(zip(target.layers, held, strict=True))
     ]
 
 

@@ -104,6 +104,15 @@ def measure(
             yield trials.measure(c, context, bar=HOPELESS, timeout_s=max(30.0, deadline - time.monotonic()))
 
 
+def replayed(rows: list[dict[str, Any]], draft: Path | None) -> Iterator[Record]:
+    """The records of an earlier output; the draft model's folder is the one that is here."""
+    for row in rows:
+        c = Configuration(**{field.name: row[field.name] for field in dataclasses.fields(Configuration)})
+        c = c.replace(draft=str(draft)) if draft and c.has_draft_model else c
+        figures = {"peak_bytes": row["measured"], "base_bytes": row.get("base_bytes"), "memory": row["memory"]}
+        yield Record(c, row["context"], "ok", **figures)
+
+
 def _words(c: Configuration) -> str:
     return f"{c.weights:<12}{c.cache:<15}{'draft' if c.has_draft_model else '':<6}"
 
@@ -116,6 +125,7 @@ def _words(c: Configuration) -> str:
 @click.option("--contexts", default="512,1k,2k,4k", show_default=True)
 @click.option("--chunk", default=0, show_default=True, help="prefill chunk; 0 is the whole prompt")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0")
+@click.option("--replay", type=click.Path(path_type=Path, exists=True), help="judge an earlier output's records again")
 @click.option("--timeout", default=480, show_default=True, help="seconds; what was not measured by then is left out")
 def main(
     model: Path | None,
@@ -125,14 +135,18 @@ def main(
     contexts: str,
     chunk: int,
     device: str,
+    replay: Path | None,
     timeout: int,
 ) -> None:
     """Predicted beside measured footprints; the last line is one JSON object.
 
+    With --replay nothing is measured: of --model and --draft only their config.json is read.
+
     Example: python benchmarks/plan_error.py --contexts 512,2k
     """
     deadline = time.monotonic() + timeout
-    device = "cuda:0" if device == "cuda" else device
+    earlier = json.loads(replay.read_text().splitlines()[-1]) if replay else {}
+    device = "cuda:0" if device == "cuda" else earlier.get("device", device)
     kind = device.partition(":")[0]
     model, draft = (model, draft) if model else (TARGET, DRAFT)
     shapes = {str(folder): plan.read_shape(folder) for folder in (model, draft) if folder}
@@ -141,7 +155,8 @@ def main(
     pairs: list[Pair] = []
     left_out: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for record in measure(model, asked, lengths, device, Path(folder), deadline):
+        measured = measure(model, asked, lengths, device, Path(folder), deadline)
+        for record in replayed(earlier["rows"], draft) if earlier else measured:
             words = f"{_words(record.configuration)}{record.context_tokens:>7}"
             if record.peak_bytes is None:
                 left_out.append(f"{words}  {record.outcome}: {record.reason}")
@@ -157,7 +172,7 @@ def main(
         truth = record.peak_bytes or 1
         errors = {"before": before.total / truth - 1, "after": said / truth - 1}
         rows.append({**dataclasses.asdict(record.configuration), "context": record.context_tokens, "measured": truth})
-        rows[-1] |= {"memory": record.memory, "owners": before.owners} | errors
+        rows[-1] |= {"base_bytes": record.base_bytes, "memory": record.memory, "owners": before.owners} | errors
         click.echo(
             f"{_words(record.configuration)}{record.context_tokens:>7}{mib(truth):>14}"
             f"{errors['before']:>+9.1%}{errors['after']:>+9.1%}"
@@ -165,7 +180,7 @@ def main(
     for line in left_out:
         click.echo(f"{line} (left out)")
     missing = len(asked) * len(lengths) - len(pairs) - len(left_out)
-    if missing:
+    if missing and not earlier:
         click.echo(f"{missing} were not reached within --timeout {timeout}")
     both = {name: summarize([row[name] for row in rows]) for name in ("before", "after")}
     for name, figures in both.items():

@@ -75,6 +75,12 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
 
 
 @pytest.fixture(scope="module")
+def small_draft(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    """Llama-3.2-1B."""
+    return shape_of(tmp_path_factory.mktemp("1b-tied"), LLAMA_1B | {"head_dim": 64, "tie_word_embeddings": True})
+
+
+@pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
     config = LLAMA_1B | {"model_type": "gemma3_text", "sliding_window": 512, "tie_word_embeddings": True}
     return shape_of(tmp_path_factory.mktemp("hybrid"), config)
@@ -121,32 +127,65 @@ def test_the_embedding_and_the_cache_have_the_published_sizes(llama):
 
 
 NF4 = Configuration(weights="bnb-nf4")
-PEAKS = [  # configuration, context, peak allocated GiB, peak reserved GiB, tolerance of the latter
-    (NF4, 128, 5.49, 5.56, 0.01),
-    (NF4, 2048, 5.88, 6.00, 0.01),
-    (NF4, 4096, 6.31, 6.52, 0.01),
-    (NF4, 16384, 9.16, 9.80, 0.01),
-    (NF4.replace(prefill_chunk=1024), 16384, 7.68, 8.35, 0.01),
-    (NF4.replace(cache="quantized-4"), 128, 5.48, 5.55, 0.01),
-    (NF4.replace(cache="quantized-4"), 4096, 5.95, 6.22, 0.01),
-    (NF4.replace(cache="quantized-4"), 16384, 7.73, 8.56, 0.01),
-    (NF4.replace(cache="quantized-fp8"), 4096, 6.06, 6.30, 0.01),
-    (NF4.replace(cache="quantized-fp8"), 16384, 8.16, 8.92, 0.02),
-    (NF4.replace(draft="1b", depth=5), 128, 6.95, 6.98, 0.01),
-    (NF4.replace(draft="1b", depth=5), 2048, 7.40, 7.54, 0.01),
-    (NF4.replace(draft="1b", depth=5), 4096, 7.88, 8.20, 0.01),
-    (NF4.replace(draft="1b", depth=5), 16384, 11.11, 12.61, 0.06),  # assisted generation fragments more
+# The engine's own peaks on an H200 (MiB): 8 new tokens, the whole prompt at once, the draft in the target's weights.
+PEAKS = [  # weights, cache, context, depth, peak allocated, peak reserved
+    ("bf16", "dynamic", 2048, 0, 15894, 15946),
+    ("bf16", "static", 8192, 0, 17530, 17882),
+    ("bf16", "quantized-4", 16384, 0, 18251, 18664),
+    ("bf16", "quantized-8", 16384, 4, 21122, 21620),
+    ("bnb-nf4", "dynamic", 2048, 0, 6141, 6196),
+    ("bnb-nf4", "dynamic", 16384, 0, 9831, 10334),
+    ("bnb-nf4", "static", 8192, 0, 7652, 8034),
+    ("bnb-nf4", "static", 16384, 4, 10812, 11850),
+    ("bnb-nf4", "quantized-fp8", 8192, 4, 8143, 8458),
+    ("quanto-int8", "dynamic", 8192, 0, 10651, 11026),
+    ("quanto-int8", "static", 16384, 4, 14039, 14958),
+    ("bnb-int8", "dynamic", 16384, 0, 13570, 13828),
+    ("bnb-int8", "static", 8192, 0, 11135, 11528),
 ]
 
 
-@pytest.mark.parametrize(("configuration", "context", "allocated_gib", "reserved_gib", "tolerance"), PEAKS)
-def test_peaks_of_stock_generate_are_reproduced(
-    llama, draft, configuration, context, allocated_gib, reserved_gib, tolerance
-):
-    prediction = at(llama, configuration, context, draft=draft)
-    reserved = prediction.total - prediction.owners["base"]
-    assert (reserved - prediction.owners["slack"]) / GIB == pytest.approx(allocated_gib, rel=0.005)
-    assert reserved / GIB == pytest.approx(reserved_gib, rel=tolerance)
+@pytest.mark.parametrize(("weights", "cache", "context", "depth", "allocated", "reserved"), PEAKS)
+def test_measured_peaks_are_reproduced(llama, small_draft, weights, cache, context, depth, allocated, reserved):
+    drafted = {"draft": "1b", "draft_weights": weights, "depth": depth} if depth else {}
+    configuration = Configuration(weights=weights, cache=cache, **drafted)
+    prediction = at(llama, configuration, context, new_tokens=8, draft=small_draft)
+    held = prediction.total - prediction.owners["base"]
+    assert (held - prediction.owners["slack"]) / MIB == pytest.approx(allocated, rel=5e-4)
+    assert held / MIB == pytest.approx(reserved, rel=0.01)
+
+
+def test_a_measured_peak_of_recorded_steps_after_chunks_is_reproduced(llama):
+    configuration = Configuration(weights="quanto-int4", lm_head="nf4", embeddings="host", cache="quantized-4")
+    configuration = configuration.replace(attention="split_kv", prefill_chunk=1024, launch="graph")
+    prediction = at(llama, configuration, 16384, new_tokens=128)
+    held = prediction.total - prediction.owners["base"]
+    assert (held - prediction.owners["slack"]) / MIB == pytest.approx(4864, rel=0.005)
+    assert held / MIB == pytest.approx(5074, rel=0.01)
+
+
+@pytest.mark.parametrize(("depth", "expanded"), [(6, False), (7, True)])
+def test_a_head_in_4_bits_is_expanded_for_eight_tokens(llama, depth, expanded):
+    verify = Configuration(lm_head="nf4", draft="prompt-lookup", depth=depth)
+    assert (at(llama, verify).owners["activations"] > 128256 * 4096 * 2) is expanded
+
+
+def test_a_draft_cache_is_made_after_the_prefill_of_the_target(llama, small_draft):
+    alone = at(llama, Configuration(), 8192)
+    both = at(llama, Configuration(draft="1b", draft_weights="bf16", depth=4), 8192, draft=small_draft)
+    assert both.owners["draft_kv_cache"] == pytest.approx(256 * MIB, rel=0.02)
+    assert both.owners["activations"] == alone.owners["activations"] - both.owners["draft_kv_cache"]
+    recorded = Configuration(draft="1b", draft_weights="bf16", depth=4, cache="static", launch="graph")
+    kept = at(llama, recorded, 8192, draft=small_draft)  # from one request to the next, with what it was recorded for
+    assert kept.owners["activations"] > alone.owners["activations"]
+
+
+def test_where_gate_and_up_are_one_product_four_vectors_are_alive(llama):
+    vector = 8192 * 14336 * 2
+    merged, apart = (at(llama, Configuration(weights=w), 8192).owners["activations"] for w in ("bf16", "quanto-int8"))
+    assert merged - apart == vector
+    on_cpu = at(llama, Configuration(), 8192, device="cpu").owners["activations"]
+    assert merged - on_cpu == vector + plan.WORKSPACE["cuda"]
 
 
 def test_the_floor_is_bytes_over_bandwidth(llama):
@@ -177,6 +216,29 @@ def test_the_group_of_a_quanto_matrix_is_the_one_that_quanto_chooses(inp, group)
     linear = torch.nn.Linear(inp, 8, bias=False, device="meta")
     chosen = quanto.QLinear.qcreate(linear, weights=quanto.qint4, device="meta").weight_group_size
     assert plan.quanto_group(inp) == group == (chosen or inp)
+
+
+def test_merged_weights_are_those_that_the_engine_merges():
+    load = pytest.importorskip("autotune.engine.load")
+    assert plan.MERGED == load._MERGED
+
+
+@pytest.mark.parametrize("launch", ["eager", "graph"])
+@pytest.mark.parametrize(("head_dim", "context"), [(16, 450), (48, 4500)])
+@pytest.mark.parametrize("cache", ["static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8"])
+def test_a_cache_has_the_size_that_the_engine_gives_it(tmp_path, cache, head_dim, context, launch):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    caches, graph = pytest.importorskip("autotune.engine.cache"), pytest.importorskip("autotune.engine.graph")
+    config = SMALL | {"model_type": "llama", "head_dim": head_dim, "dtype": "bfloat16"}
+    configuration = Configuration(cache=cache, launch=launch, draft="prompt-lookup", depth=3)
+    capacity = context + 96 + 3 + 1  # as the decode loop asks for it
+    capacity, spare = (capacity, 0) if launch == "eager" else (graph.bucket(capacity), graph.LONGEST)
+    made = caches.make_cache(cache, transformers.AutoConfig.for_model(**config), capacity, "cpu", spare)
+    for layer in range(3):
+        made.update(*torch.ones(2, 1, 2, 1, head_dim, dtype=torch.bfloat16), layer)
+    said = at(shape_of(tmp_path, config), configuration, context)
+    assert said.owners["kv_cache"] == caches.stored_bytes(made)
 
 
 # Families against transformers' own models.
@@ -382,10 +444,11 @@ configurations = st.builds(
 contexts = st.integers(1, 20_000)
 devices = st.sampled_from(["cuda:0", "cpu"])
 calibrations = st.builds(
-    lambda key, offset, share: Calibration(500 * MIB, {key: (offset, share)}),
-    st.sampled_from(WEIGHTS),
+    lambda key, share, offset, above: Calibration(500 * MIB, share, {key: (offset, above)}),
+    st.sampled_from([*WEIGHTS, ""]),
+    st.floats(-0.5, 1),
     st.floats(-1e9, 1e9),
-    st.floats(-0.5, 2),
+    st.floats(-0.1, 0.5),
 )
 models = st.sampled_from(["llama", "hybrid"])
 
@@ -430,20 +493,22 @@ def test_every_cache_holds_less_than_the_full_one(llama):
     held = {cache: at(llama, Configuration(cache=cache), 8192) for cache in CACHES}
     kv = {cache: prediction.owners["kv_cache"] for cache, prediction in held.items()}
     assert kv["offloaded"] < kv["quantized-2"] < kv["quantized-4"] < kv["quantized-fp8"] < kv["quantized-8"]
-    assert kv["quantized-8"] < kv["dynamic"] == kv["static"] == kv["sliding"]
+    assert kv["quantized-8"] < kv["dynamic"] == kv["sliding"] == kv["static"] - 128 * 1024  # and a slot to spare
     assert held["offloaded"].host_bytes == kv["dynamic"] * 30 // 32
 
 
-def test_a_short_quantized_cache_is_still_in_full_precision(llama):
-    dynamic, quantized = (at(llama, Configuration(cache=c), 20, new_tokens=4) for c in ("dynamic", "quantized-4"))
-    assert quantized.owners["kv_cache"] == dynamic.owners["kv_cache"]
+def test_a_quantized_cache_keeps_a_window_however_short_the_prompt_is(llama):
+    held = at(llama, Configuration(cache="quantized-4"), 20, new_tokens=4).owners["kv_cache"]
+    window = 96 * 128 * 1024
+    assert window < held < window + 64 * 128 * 1024 / 2
 
 
 def test_a_sliding_layer_holds_its_window(hybrid):
     rows = plan.by_layer(hybrid, Configuration(cache="sliding"), 8192, 0)
     assert [row.kv_bytes // (2 * 8 * 256 * 2) for row in rows[:6]] == [512] * 5 + [8192]
-    static = plan.by_layer(hybrid, Configuration(cache="static"), 8192, 0)
-    assert {row.kv_bytes // (2 * 8 * 256 * 2) for row in static} == {8192}
+    for cache, slots in (("static", 8193), ("dynamic", 8192)):
+        rows = plan.by_layer(hybrid, Configuration(cache=cache), 8192, 0)
+        assert {row.kv_bytes // (2 * 8 * 256 * 2) for row in rows} == {slots}
 
 
 def test_a_tied_head_is_shared_until_it_is_stored_otherwise(hybrid):
@@ -504,7 +569,7 @@ def test_without_records_the_default_stands():
         max_size=25,
     )
 )
-def test_after_calibration_no_record_is_more_than_a_hundredth_above_its_prediction(llama, seen):
+def test_after_calibration_no_record_is_above_its_prediction(llama, seen):
     pairs = []
     for weights, cache, context, factor in seen:
         configuration = Configuration(weights=weights, cache=cache)
@@ -513,62 +578,82 @@ def test_after_calibration_no_record_is_more_than_a_hundredth_above_its_predicti
     learned = plan.calibrate(pairs, "cuda:0")
     for measured, _ in pairs:
         said = at(llama, measured.configuration, measured.context_tokens, calibration=learned)
-        assert said.total >= 0.99 * measured.peak_bytes - 2
+        assert said.total >= measured.peak_bytes
 
 
 def test_one_high_record_among_many_is_still_covered(llama):
     pairs = [(record(NF4, n, at(llama, NF4, n).total), at(llama, NF4, n)) for n in range(100, 10_100, 100)]
     high = record(NF4, 5000, at(llama, NF4, 5000).total * 1.2)
     learned = plan.calibrate([*pairs, (high, at(llama, NF4, 5000))], "cuda:0")
-    assert at(llama, NF4, 5000, calibration=learned).total >= 0.99 * high.peak_bytes - 2
+    assert at(llama, NF4, 5000, calibration=learned).total >= high.peak_bytes
+
+
+def excess(said: Prediction, offset: float, share: float) -> float:
+    """Beyond `said`: 110 MiB less for the base of `record`, `offset` MiB, and a share of cache and activations."""
+    moving = sum(said.owners[owner] for owner in ("kv_cache", "draft_kv_cache", "activations"))
+    return (offset - 110) * MIB + share * moving
 
 
 def test_a_steady_excess_is_learned_and_its_error_is_that_of_unseen_records(llama):
     pairs = []
     for context in (128, 512, 2048, 4096, 8192):
         said = at(llama, NF4, context)
-        moving = said.owners["kv_cache"] + said.owners["activations"]
-        pairs.append((record(NF4, context, said.total - 110 * MIB + 50 * MIB + 0.1 * moving), said))
+        pairs.append((record(NF4, context, said.total + excess(said, 50, 0.1)), said))
     learned = plan.calibrate(pairs, "cuda:0")
-    offset, share = learned.corrections["bnb-nf4 dynamic eager"]
+    offset, above = learned.corrections["bnb-nf4 eager"]
     assert learned.base_bytes == 500 * MIB
-    assert (offset / MIB, share) == pytest.approx((50, 0.1), rel=1e-3)
-    assert learned.error < 0.001
-    unseen = at(llama, NF4, 16_384, calibration=learned)
-    plain = at(llama, NF4, 16_384)
-    expected = plain.total - 60 * MIB + 0.1 * (plain.owners["kv_cache"] + plain.owners["activations"])
-    assert unseen.total == pytest.approx(expected, rel=1e-4)
+    assert (offset / MIB, learned.share) == pytest.approx((50, 0.1), rel=1e-3)
+    assert above == pytest.approx(plan.SPREAD["cuda"], rel=1e-3)  # nothing but the room for the next record
+    assert learned.error == pytest.approx(above, rel=1e-3)
+    said = at(llama, NF4, 16_384)
+    expected = (said.total + excess(said, 50, 0.1)) * (1 + above)
+    assert at(llama, NF4, 16_384, calibration=learned).total == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_draft_model_is_corrected_apart(llama, draft):
-    drafted = NF4.replace(draft="1b", depth=5)
+def test_a_record_above_the_others_of_its_kind_raises_the_whole_kind_and_no_other(llama):
+    int8 = NF4.replace(weights="quanto-int8")
+    contexts = (1024, 2048, 4096, 8192)
+    even = [(record(c, n, at(llama, c, n).total - 110 * MIB), at(llama, c, n)) for c in (NF4, int8) for n in contexts]
+    high = [(record(NF4, 2048, at(llama, NF4, 2048).total * 1.04 - 110 * MIB), at(llama, NF4, 2048))]
+    before, after = (plan.calibrate(pairs, "cuda:0") for pairs in (even, even + high))
+    ratios = {
+        c.weights: at(llama, c, 4096, calibration=after).total / at(llama, c, 4096, calibration=before).total
+        for c in (NF4, int8)
+    }
+    assert ratios["bnb-nf4"] == pytest.approx(1.04, rel=5e-3)
+    assert ratios["quanto-int8"] == pytest.approx(1.0, rel=5e-3)
+
+
+@pytest.mark.parametrize("more", [{"draft": "1b", "draft_weights": "bf16", "depth": 5}, {"launch": "graph"}])
+def test_drafts_and_launches_are_corrected_apart(llama, draft, more):
+    static = NF4.replace(cache="static")
+    other = static.replace(**more)
     pairs = []
     for context in (128, 1024, 4096):
-        alone, both = at(llama, NF4, context), at(llama, drafted, context, draft=draft)
-        pairs += [(record(NF4, context, alone.total - 110 * MIB), alone)]
-        pairs += [(record(drafted, context, both.total - 110 * MIB + 300 * MIB), both)]
+        for configuration, offset in ((static, 0), (other, 300)):
+            said = at(llama, configuration, context, draft=draft)
+            pairs.append((record(configuration, context, said.total + excess(said, offset, 0.0)), said))
     learned = plan.calibrate(pairs, "cuda:0")
     for measured, _ in pairs:
-        more = {"draft": draft} if measured.configuration == drafted else {}
-        said = at(llama, measured.configuration, measured.context_tokens, calibration=learned, **more)
-        assert said.total == pytest.approx(measured.peak_bytes, rel=1e-4)
+        said = at(llama, measured.configuration, measured.context_tokens, calibration=learned, draft=draft)
+        assert said.total == pytest.approx(measured.peak_bytes * (1 + plan.SPREAD["cuda"]), rel=1e-4)
 
 
-def test_two_records_of_a_cache_take_their_slope_from_all_of_their_weights(llama):
-    def excess(said: Prediction) -> float:
-        return 0.3 * (said.owners["kv_cache"] + said.owners["activations"])
-
+def test_kinds_share_a_slope_and_unseen_ones_take_what_is_known_of_their_weights(llama):
     pairs = []
-    for cache, contexts in (("dynamic", (128, 2048, 8192)), ("static", (128,))):
-        for context in contexts:
-            said = at(llama, NF4.replace(cache=cache), context)
-            pairs.append((record(NF4.replace(cache=cache), context, said.total - 110 * MIB + excess(said)), said))
+    for weights, offset in (("bnb-nf4", 0), ("bf16", 400)):
+        for context in (128, 2048, 8192)[: 1 if weights == "bf16" else 3]:
+            configuration = Configuration(weights=weights)
+            said = at(llama, configuration, context)
+            pairs.append((record(configuration, context, said.total + excess(said, offset, 0.3)), said))
     learned = plan.calibrate(pairs, "cuda:0")
-    said = at(llama, NF4.replace(cache="static"), 16_384)
-    expected = said.total - 110 * MIB + excess(said)
-    assert at(llama, NF4.replace(cache="static"), 16_384, calibration=learned).total == pytest.approx(
-        expected, rel=1e-3
-    )
+    for configuration in (Configuration(), Configuration(cache="static", launch="graph")):
+        said = at(llama, configuration, 16_384)
+        expected = (said.total + excess(said, 400, 0.3)) * (1 + plan.SPREAD["cuda"])
+        assert at(llama, configuration, 16_384, calibration=learned).total == pytest.approx(expected, rel=1e-4)
+    unseen = Configuration(weights="quanto-int4")
+    least = at(llama, unseen, 16_384).total + excess(at(llama, unseen, 16_384), 0, 0.3)
+    assert at(llama, unseen, 16_384, calibration=learned).total > least
 
 
 def test_planning_imports_neither_torch_nor_transformers():
