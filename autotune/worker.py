@@ -107,7 +107,7 @@ class Worker:
         self.meter.begin()
         target = self.engine.target
         head, embedding = target.get_output_embeddings(), target.get_input_embeddings()
-        shared = head is not None and head.weight is embedding.weight
+        shared = head is not None and getattr(head, "weight", None) is embedding.weight
         resident = 0 if group["embeddings"] == "host" and self.device != "cpu" else module_bytes(embedding)
         head_bytes = 0 if shared else module_bytes(head)
         self.owners = {

@@ -85,14 +85,18 @@ class Slice(nn.Module):
 
 def fits_int4(linear: nn.Linear) -> bool:
     """Whether PyTorch's 4-bit kernel can multiply this layer on its device."""
-    weight = linear.weight
+    return int4_multiplies(linear.weight.device, linear.weight.dtype, linear.out_features, linear.in_features)
+
+
+def int4_multiplies(device: torch.device, dtype: torch.dtype, out: int, inp: int) -> bool:
+    """The same of `out` x `inp` weights that are not there yet."""
     return (
-        weight.is_cuda
-        and weight.dtype == torch.bfloat16
+        device.type == "cuda"
+        and dtype == torch.bfloat16
         and torch.version.hip is None
-        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-        and linear.out_features % 8 == 0
-        and linear.in_features % INT4_GROUP == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and out % 8 == 0
+        and inp % INT4_GROUP == 0
     )
 
 
@@ -101,6 +105,7 @@ class Int4Linear(nn.Module):
 
     packed: torch.Tensor
     scale_zero: torch.Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -109,6 +114,19 @@ class Int4Linear(nn.Module):
         parts = [_quantize_rows(rows) for rows in linear.weight.detach().split(CHUNK)]
         self.register_buffer("packed", _pack(torch.cat([part[0] for part in parts])))
         self.register_buffer("scale_zero", torch.cat([part[1] for part in parts], dim=1).contiguous())
+
+    @classmethod
+    def from_codes(
+        cls, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bias: nn.Parameter | None
+    ) -> Int4Linear:
+        """The layer of uint8 `codes` [out, in], 0 to 15, with `scale` and `zero` [in / INT4_GROUP, out]."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = codes.shape
+        layer.bias = bias
+        layer.register_buffer("packed", _pack(codes[:, ::2] << 4 | codes[:, 1::2]))
+        layer.register_buffer("scale_zero", torch.stack([scale, zero], dim=2).bfloat16())
+        return layer
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         rows = states.reshape(-1, self.in_features)
