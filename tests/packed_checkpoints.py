@@ -40,7 +40,7 @@ def packed_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors that a layer is stored as; its weight becomes what they stand for."""
     codes, scales, zeros = quantize(linear.weight, groups, bool(config.get("sym")))
-    if config.get("checkpoint_format") == "gptq" and zeros.min() < 1:
+    if config.get("checkpoint_format") == "gptq":
         zeros[0, 0] = 0  # GPTQModel's first format borrows from the neighbours
     linear.weight.copy_((codes - zeros[:, groups]) * scales.float()[:, groups])
     tensors = {"scales": scales.T.contiguous()}

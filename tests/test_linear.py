@@ -109,13 +109,13 @@ def test_unpacked_weights_give_the_product_of_the_packed_ones(bias: bool) -> Non
 def test_codes_of_somebody_else_give_the_product_of_their_weights() -> None:
     torch.manual_seed(0)
     codes = torch.randint(0, 16, (40, 256), dtype=torch.uint8)
-    scale, zero = torch.rand(2, 40).bfloat16(), torch.randn(2, 40).bfloat16()
+    scale, zero = torch.rand(2, 40).half(), torch.randint(0, 16, (2, 40), dtype=torch.uint8)
     bias = torch.nn.Parameter(torch.randn(40).bfloat16(), requires_grad=False)
-    weight = (codes.bfloat16() - 8).unflatten(1, (2, 128)) * scale.T[..., None] + zero.T[..., None]
+    weight = (codes.float().unflatten(1, (2, 128)) - zero.T[..., None]) * scale.T[..., None].float()
     layer = Int4Linear.from_codes(codes, scale, zero, bias)
     for states in torch.randn(1, 200, 256).bfloat16().split([3, 197], dim=1):
-        expected = torch.nn.functional.linear(states, weight.flatten(1), bias)
-        torch.testing.assert_close(layer(states), expected, rtol=0.02, atol=0.5)
+        expected = torch.nn.functional.linear(states.float(), weight.flatten(1), bias.float())
+        assert (layer(states) - expected).norm() / expected.norm() < 0.01
 
 
 @pytest.mark.usefixtures("_own_kernels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from autotune.engine.load import Unsupported, load_model
 from autotune.engine.packed import PackedLinear, Reordered
 from autotune.measure.memory import module_bytes
 from autotune.plan import DEFAULT, PlanError, predict, read_shape
+from autotune.worker import Worker
 
 SIZE = {"hidden_size": 64, "intermediate_size": 128}
 GPTQ = {"quant_method": "gptq", "sym": False}
@@ -200,6 +202,17 @@ def test_loading_never_holds_more_than_the_result_and_one_tensor(tmp_path: Path)
         assert seen["footprint"] * 0.9 < seen["grown"] < seen["footprint"] + 8192 * 512 * 2 + 4e6, seen
 
 
+def test_a_quantized_reference_that_the_device_cannot_hold_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any) -> Engine:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Engine, "load", load)
+    worker = Worker(io.StringIO())
+    worker.device = "cpu"
+    with pytest.raises(torch.OutOfMemoryError):
+        worker.load_reference("nowhere", "checkpoint")
+
+
 # ---- the engine's own 4-bit layer
 
 
@@ -212,13 +225,13 @@ class Int4:
     def from_codes(
         cls, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bias: nn.Parameter | None
     ) -> nn.Module:
-        assert codes.dtype == torch.uint8
-        assert codes.max() < 16
+        assert codes.dtype == zero.dtype == torch.uint8
+        assert max(codes.max(), zero.max()) < 16
         assert scale.shape == zero.shape == (codes.shape[1] // 128, len(codes))
         cls.calls.append(tuple(codes.shape))
         linear = nn.Linear(codes.shape[1], len(codes), bias=bias is not None).requires_grad_(False)
-        grouped = (codes.float() - 8).unflatten(1, (-1, 128))
-        linear.weight.copy_((grouped * scale.T[..., None] + zero.T[..., None]).flatten(1))
+        grouped = codes.float().unflatten(1, (-1, 128))
+        linear.weight.copy_(((grouped - zero.T[..., None]) * scale.T[..., None]).flatten(1))
         if bias is not None:
             linear.bias = bias
         return linear

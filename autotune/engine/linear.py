@@ -119,13 +119,18 @@ class Int4Linear(nn.Module):
     def from_codes(
         cls, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bias: nn.Parameter | None
     ) -> Int4Linear:
-        """The layer of uint8 `codes` [out, in], 0 to 15, with `scale` and `zero` [in / INT4_GROUP, out]."""
+        """The layer of weights (codes - zero) * scale, whose scale is rounded to bfloat16.
+
+        `codes` [out, in] and `zero` are uint8, 0 to 15; `scale` and `zero` are [in / INT4_GROUP, out].
+        """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = codes.shape
         layer.bias = bias
         layer.register_buffer("packed", _pack(codes[:, ::2] << 4 | codes[:, 1::2]))
-        layer.register_buffer("scale_zero", torch.stack([scale, zero], dim=2).bfloat16())
+        rounded = scale.bfloat16()
+        shift = (8 - zero.float()) * rounded.float()  # of the rounded scale: the grid's zero stays where it was
+        layer.register_buffer("scale_zero", torch.stack([rounded, shift.bfloat16()], dim=2))
         return layer
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:

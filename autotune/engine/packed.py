@@ -116,11 +116,9 @@ def packed_linear(parts: list[Packed], biases: list[torch.Tensor], dtype: torch.
     (out, inp), groups = (len(codes), 2 * codes.shape[1]), scale.shape[1]
     layer: nn.Module
     if int4_multiplies(codes.device, dtype, out, inp) and inp // groups % INT4_GROUP == 0:
-        repeats = inp // groups // INT4_GROUP  # groups that share a scale
-        scale = scale.float()
-        shift = (8 - zero.float()) * scale
-        scale, shift = (table.T.repeat_interleave(repeats, dim=0) for table in (scale, shift))
-        layer = Int4Linear.from_codes(_halves(codes), scale, shift, bias)
+        repeats = inp // groups // INT4_GROUP  # groups of the layer that share a scale
+        scale, zero = (table.T.repeat_interleave(repeats, dim=0) for table in (scale, zero))
+        layer = Int4Linear.from_codes(_halves(codes), scale, zero, bias)
     else:
         layer = PackedLinear(codes, scale, zero, bias)
     return layer if order is None else Reordered(layer, order)
