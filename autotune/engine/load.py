@@ -108,14 +108,8 @@ def load_model(
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-_MERGED = (
-    "bf16",
-    "fp32",
-    "bnb-nf4",
-    "bnb-fp4",
-    "quanto-int4",
-    "checkpoint",
-)  # those with products of their own for few tokens
+# those with products of their own for few tokens
+_MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4", "checkpoint")
 _HEAD_WORDS = {"bf16": "bf16", "fp32": "fp32", "int8": "quanto-int8", "nf4": "bnb-nf4"}
 
 
