@@ -166,6 +166,10 @@ def _load_arguments(weights: str, attention: str, full_precision: str) -> str:
 def _load_differences(policy: Policy, device: str) -> list[str]:
     """What stock transformers cannot do of the load group."""
     load, lost = policy.load, []
+    if load.weights == "checkpoint":
+        lost.append(
+            "the quantized checkpoint needs its method's package (gptqmodel for GPTQ and AWQ), and runs its kernels"
+        )
     if load.lm_head in HEAD_WEIGHTS:
         lost.append(f"lm_head stays unquantized, not {load.lm_head}: it holds more memory")
     if load.embeddings == "host":

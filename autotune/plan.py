@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from autotune.config import MIB, Budget, Configuration, Record, draft_head
+from autotune.prequantized import PARTS, Packing, UnreadablePacking, read_packing
 
 BNB_BLOCK = 64  # weights that share one absmax
 BNB_NESTED_BLOCK = 256  # absmax values that share one second-level scale (double quantization)
@@ -197,6 +198,12 @@ def read_shape(folder: Path) -> ModelShape:
         mend = f"put its safetensors beside it, or use one of {', '.join(_FAMILIES)}"
         raise PlanError(f"the sizes of model_type '{model_type}' do not follow from {folder / CONFIG} alone; {mend}")
     try:
+        packing = read_packing(config.get("quantization_config"))
+    except UnreadablePacking as error:
+        raise PlanError(f"{folder / CONFIG}: {error}") from error
+    if packing is not None:
+        tensors, config = _held(tensors, packing), {**config, "dtype": "bfloat16"}
+    try:
         return _shape(model_type, {**_FAMILIES.get(model_type, {}), **_without_none(config)}, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{folder / CONFIG} has an unusable value ({error}); download the model again") from error
@@ -281,6 +288,25 @@ def _tensor(entry: dict[str, Any]) -> _Tensor:
     return _Tensor(shape, entry["dtype"], end - begin)
 
 
+def _held(tensors: Mapping[str, _Tensor], packing: Packing) -> dict[str, _Tensor]:
+    """The tensors at the sizes that they are held at, each packed layer's as one weight; the others are held in bf16.
+
+    A packed layer keeps its codes and, per group of at most QUANTO_GROUP inputs, a scale and a zero in bf16.
+    """
+    held: dict[str, _Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part == "qweight" and len(tensor.shape) == 2 and 0 not in tensor.shape:
+            out, inp = packing.size(tensor.shape)
+            groups = inp // min(packing.group(inp), QUANTO_GROUP)
+            order = 4 * inp if packing.desc_act else 0
+            # not named as a plain weight: a packed lm_head is one of the matrices
+            held[f"{layer}.packed.weight"] = _Tensor((out, inp), "PACKED", tensor.stored + 4 * groups * out + order)
+        elif part not in PARTS or f"{layer}.qweight" not in tensors:
+            held[name] = tensor._replace(stored=2 * math.prod(tensor.shape))
+    return held
+
+
 def _first(config: Mapping[str, Any], *names: str) -> int:
     value = next((config[name] for name in names if name in config), None)
     if type(value) is not int or value < 1:
@@ -345,7 +371,7 @@ def _sort_tensors(tensors: Mapping[str, _Tensor], count: int) -> tuple[list[Laye
             head += elements
         elif len(tensor.shape) == 2 and layer is None and _EMBEDDING.search(name):
             embedding += elements
-        elif len(tensor.shape) == 2 and tensor.dtype[0] in "FB" and _MATRIX.search(name):
+        elif len(tensor.shape) == 2 and tensor.dtype[0] in "FBP" and _MATRIX.search(name):
             linears[block].append(Linear(name, tensor.shape[0], tensor.shape[1], tensor.stored))
         else:
             other[block], stored[block] = other[block] + elements, stored[block] + tensor.stored

@@ -122,7 +122,7 @@ class Worker:
         return {"load_s": self.load_s, "owners": self.owners, **self.load_peaks}
 
     def load_reference(self, model: str, weights: str) -> dict[str, Any]:
-        """The unquantized model; where the device cannot hold it, layer by layer from host memory."""
+        """The unquantized model; or quantized checkpoint; where the device cannot hold the former, from host memory."""
         import torch
 
         from .config import LoadGroup
@@ -133,6 +133,8 @@ class Worker:
         try:
             self.engine = Engine.load(model, group, self.device)
         except torch.OutOfMemoryError:
+            if weights == "checkpoint":  # what is quantized already cannot be spread over the host
+                raise
             self.engine = None
         if self.engine is not None:
             return {"how": "on the device"}

@@ -134,6 +134,13 @@ POLICIES: dict[str, tuple[Policy, list[str], str]] = {
 }
 
 
+def test_a_quantized_checkpoint_names_the_package_that_transformers_loads_it_with() -> None:
+    assert "needs its method's package (gptqmodel for GPTQ and AWQ)" in as_transformers(
+        policy({}, weights="checkpoint")
+    )
+    assert "gptqmodel" not in as_transformers(policy({}))
+
+
 @pytest.mark.parametrize(("policy", "lost", "layer"), POLICIES.values(), ids=POLICIES)
 def test_a_file_loads_and_generates_and_says_what_it_cannot(policy: Policy, lost: list[str], layer: str) -> None:
     text = as_transformers(policy)

@@ -134,3 +134,18 @@ def test_a_recorded_product_follows_its_input_on_a_gpu() -> None:
         graph.replay()
         assert torch.equal(output, packed(states))
         assert (output - layer(states)).float().norm() < 0.15 * layer(states).float().norm()
+
+
+def test_codes_of_somebody_else_give_the_product_of_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "UNPACKED", 16 * 256)  # several parts, the last one smaller
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (40, 256), dtype=torch.uint8, generator=generator)
+    zero = torch.randint(0, 16, (2, 40), dtype=torch.uint8, generator=generator)
+    scale = torch.rand((2, 40), generator=generator).half()
+    bias = torch.nn.Parameter(torch.randn(40, generator=generator).bfloat16(), requires_grad=False)
+    weight = (codes.float().unflatten(1, (2, 128)) - zero.T[..., None]) * scale.T[..., None].float()
+    layer = Int4Linear.from_codes(codes.to(DEVICE), scale.to(DEVICE), zero.to(DEVICE), bias.to(DEVICE))
+    states = torch.randn((1, 3 + MANY, 256), generator=generator).bfloat16()
+    for part in states.split([3, MANY], dim=1):
+        expected = torch.nn.functional.linear(part.float(), weight.flatten(1), bias.float())
+        assert (layer(part.to(DEVICE)).float().cpu() - expected).norm() / expected.norm() < 0.01

@@ -298,13 +298,25 @@ def test_a_text_config_is_followed(tmp_path):
 
 def test_a_checkpoint_counts_as_its_headers_say(tmp_path):
     sizes = {"model.embed_tokens.weight": (320, 64), "lm_head.weight": (320, 64), "model.norm.weight": (64,)}
-    config = SMALL | {"model_type": "llama", "num_hidden_layers": 1, "quantization_config": {"quant_method": "gptq"}}
+    config = SMALL | {
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "quantization_config": {"quant_method": "gptq", "group_size": 32},
+    }
     with pytest.raises(PlanError, match="safetensors"):
         at(shape_of(tmp_path, config), Configuration(weights="checkpoint"))
-    packed = {"model.layers.0.mlp.up_proj.qweight": (8, 160), "model.layers.0.mlp.up_proj.g_idx": (64,)}
-    write_safetensors(tmp_path / "model.safetensors", sizes | packed, dict.fromkeys(packed, "I32"))
-    owners = at(read_shape(tmp_path), Configuration(weights="checkpoint")).owners
-    assert (owners["weights"], owners["lm_head"]) == (64 * 2 + (8 * 160 + 64) * 4, 320 * 64 * 2)
+    stored = {"qweight": (8, 160), "qzeros": (2, 20), "scales": (2, 160), "g_idx": (64,)}
+    packed = {f"model.layers.0.mlp.up_proj.{part}": size for part, size in stored.items()}
+    dtypes = dict.fromkeys(packed, "I32") | {"model.layers.0.mlp.up_proj.scales": "F16"}
+    write_safetensors(tmp_path / "model.safetensors", sizes | packed, dtypes)
+    shape = read_shape(tmp_path)
+    owners = at(shape, Configuration(weights="checkpoint")).owners
+    # a scale and a zero in bf16 per output and group of 32, beside the codes
+    assert (owners["weights"], owners["lm_head"]) == (64 * 2 + 64 * 160 // 2 + 2 * 160 * 4, 320 * 64 * 2)
+    assert shape.parameters == 2 * 320 * 64 + 64 + 160 * 64
+    config["quantization_config"] = {"quant_method": "another"}  # transformers loads it, the headers size it
+    owners = at(shape_of(tmp_path, config), Configuration(weights="checkpoint")).owners
+    assert owners["weights"] == 64 * 2 + (8 * 160 + 2 * 20 + 64) * 4 + 2 * 160 * 2
 
 
 # Damaged folders.

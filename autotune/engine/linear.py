@@ -81,13 +81,17 @@ class Slice(nn.Module):
 
 def fits_int4(linear: nn.Linear) -> bool:
     """Whether our own 4-bit kernel can multiply this layer on its device."""
-    weight = linear.weight
+    return int4_multiplies(linear.weight.device, linear.weight.dtype, linear.out_features, linear.in_features)
+
+
+def int4_multiplies(device: torch.device, dtype: torch.dtype, out: int, inp: int) -> bool:
+    """The same of `out` x `inp` weights that are not there yet."""
     return (
-        weight.is_cuda
-        and weight.dtype == torch.bfloat16
+        device.type == "cuda"
+        and dtype == torch.bfloat16
         and torch.version.hip is None
-        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-        and linear.in_features % INT4_GROUP == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and inp % INT4_GROUP == 0
         and find_spec("triton") is not None
     )
 
@@ -97,6 +101,7 @@ class Int4Linear(nn.Module):
 
     packed: torch.Tensor
     scale_zero: torch.Tensor
+    bias: nn.Parameter | None
     counters: torch.Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -110,6 +115,27 @@ class Int4Linear(nn.Module):
         self.register_buffer("packed", torch.cat([packed for packed, _ in parts], dim=1))
         self.register_buffer("scale_zero", torch.cat([scale_zero for _, scale_zero in parts], dim=1))
         self.register_buffer("counters", counters(self.out_features, self.packed.device), persistent=False)
+
+    @classmethod
+    def from_codes(
+        cls, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bias: nn.Parameter | None
+    ) -> Int4Linear:
+        """The layer of weights (codes - zero) * scale, whose scale is rounded to bfloat16.
+
+        `codes` [out, in] and `zero` are uint8, 0 to 15; `scale` and `zero` are [in / INT4_GROUP, out].
+        """
+        from .int4 import counters, pack
+
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = codes.shape
+        layer.bias = bias
+        layer.register_buffer("packed", torch.cat([pack(rows) for rows in codes.split(CHUNK)], dim=1))
+        rounded = scale.bfloat16()
+        shift = (-16 - zero.float()) * rounded.float()  # of the rounded scale: the grid's zero stays where it was
+        layer.register_buffer("scale_zero", torch.stack([rounded, shift.bfloat16()], dim=2))
+        layer.register_buffer("counters", counters(layer.out_features, codes.device), persistent=False)
+        return layer
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         rows = states.reshape(-1, self.in_features)

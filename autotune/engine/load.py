@@ -1,8 +1,8 @@
 """Load a model tensor by tensor: each weight reaches the device alone and is quantized before the next one is read.
 
 So the peak while loading is the final footprint and one tensor more, embeddings can stay in host memory without ever
-visiting the device, and the same code serves a GPU and a CPU. Only safetensors are read. Checkpoints that are already
-quantized (GPTQ, AWQ, ...) go through transformers' own loader.
+visiting the device, and the same code serves a GPU and a CPU. Only safetensors are read. GPTQ and AWQ checkpoints keep
+the 4 bits that they have; those of other methods go through transformers' own loader.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..config import HEAD_WEIGHTS
+from ..prequantized import PARTS, Packing, UnreadablePacking, read_packing
 from .linear import Int4Linear, Merged, Slice, concatenated, fits_int4, siblings
 
 Progress = Callable[[str], None]
@@ -60,28 +61,37 @@ def load_model(
         register_split_kv(device)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     dtype = compute_dtype(weights, device)
-    if weights == "checkpoint":
-        return _load_as_stored(folder, config, attention, device, lm_head, embeddings)
-    if getattr(config, "quantization_config", None) is not None:
-        raise Unsupported("the checkpoint is already quantized: only weights = checkpoint can load it")
+    packing = _check_quantized(config, weights, lm_head, embeddings)
+    if weights == "checkpoint" and packing is None:
+        return _load_as_stored(folder, attention, device)
     model = _empty_model(config, dtype, attention)
-    if weights not in ("bf16", "fp32"):
+    if weights not in ("bf16", "fp32", "checkpoint"):
         _check_linear(model, weights)
-    tensors = _Tensors(Path(folder), model)
+    tensors = _Tensors(Path(folder), model, packed=packing is not None)
     output = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
     groups = siblings(model) if (device != "cpu" if merge is None else merge) and weights in _MERGED else {}
+    groups = {name: group for name, group in groups.items() if len({tensors.packs(one) for one in group}) == 1}
     modules = list(model.named_modules())
     shared = tied and lm_head in ("bf16", "fp32") and embeddings == "device"
     if output is not None and not shared:
         # first, while the device is empty: it is the largest matrix, and quantizing it takes it whole
         name = _name_of(model, output)
-        _place(output, _name_of(model, embedding) if tied else name, tensors, dtype, device)
-        _replace(model, name, quantize_linear(output, HEAD_WEIGHTS.get(lm_head, lm_head), device))
+        if packing is not None and tensors.packs(name):
+            _place_packed(model, (name,), tensors, packing, dtype, device)
+        else:
+            _place(output, _name_of(model, embedding) if tied else name, tensors, dtype, device)
+            _replace(model, name, quantize_linear(output, HEAD_WEIGHTS.get(lm_head, lm_head), device))
         _trim(device)
     for name, module in modules:
         if module is output:
+            continue
+        if packing is not None and tensors.packs(name):
+            group = groups.get(name, (name,))
+            if name == group[-1]:
+                _place_packed(model, group, tensors, packing, dtype, device)
+                _trim(device)
             continue
         on_host = (module is embedding and embeddings == "host") or name in groups
         _place(module, name, tensors, dtype, "cpu" if on_host else device)
@@ -103,12 +113,13 @@ def load_model(
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-_MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4")  # those with products of their own for few tokens
+# those with products of their own for few tokens
+_MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4", "checkpoint")
 
 
 def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
     """The same layer with its weight stored as `word` says; consumes `linear`, whose weight is on `device`."""
-    if word in ("bf16", "fp32"):
+    if word in ("bf16", "fp32", "checkpoint"):  # a layer that a quantized checkpoint left as it was
         return linear
     assert isinstance(linear, nn.Linear)
     if word.startswith("bnb"):
@@ -213,13 +224,54 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedM
         raise Unsupported(str(error)) from error
 
 
-def _load_as_stored(
-    folder: str | Path, config: Any, attention: str, device: str, lm_head: str, embeddings: str
-) -> PreTrainedModel:
-    if getattr(config, "quantization_config", None) is None:
+def _check_quantized(config: Any, weights: str, lm_head: str, embeddings: str) -> Packing | None:
+    """How the checkpoint packs its layers, if it does. Raises Unsupported where `weights` is for another checkpoint."""
+    quantization = getattr(config, "quantization_config", None)
+    if weights != "checkpoint":
+        if quantization is not None:
+            raise Unsupported("the checkpoint is already quantized: only weights = checkpoint can load it")
+        return None
+    if quantization is None:
         raise Unsupported("weights = checkpoint is for checkpoints that are already quantized; this one is not")
     if lm_head not in ("bf16", "fp32") or embeddings != "device":
         raise Unsupported("a checkpoint that is already quantized keeps its own lm_head and embeddings")
+    try:
+        return read_packing(quantization)
+    except UnreadablePacking as error:
+        raise Unsupported(str(error)) from error
+
+
+def _place_packed(
+    model: PreTrainedModel,
+    names: tuple[str, ...],
+    tensors: _Tensors,
+    packing: Packing,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """Put packed layers in the place of linear ones: one product where their columns stand in the same order."""
+    from .packed import Packed, packed_linear, read_packed, same_order
+
+    parts: list[Packed] = []
+    biases: list[torch.Tensor] = []
+    sizes = []
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        parts.append(read_packed(tensors.get, name, linear, packing, device))
+        _place(linear, name, tensors, dtype, device)
+        biases += [] if linear.bias is None else [linear.bias]
+        sizes.append(linear.out_features)
+    if len(parts) > 1 and same_order(parts):
+        merged = Merged(packed_linear(parts, biases, dtype), sizes)
+        for index, name in enumerate(names):
+            _replace(model, name, Slice(merged, index))
+        return
+    for name in names:
+        _replace(model, name, packed_linear([parts.pop(0)], [biases.pop(0)] if biases else [], dtype))
+
+
+def _load_as_stored(folder: str | Path, attention: str, device: str) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, device_map={"": device}, attn_implementation=attention, use_safetensors=True, local_files_only=True
@@ -232,10 +284,13 @@ def _load_as_stored(
 class _Tensors:
     """The checkpoint's tensors by the model's own names, read one at a time."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel):
+    def __init__(self, folder: Path, model: PreTrainedModel, packed: bool = False):
         self._files = dict(_tensor_files(folder))
         prefix = model.base_model_prefix + "."
         wanted = set(model.state_dict())
+        if packed:
+            linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+            wanted |= {f"{name}.{part}" for name in linears for part in PARTS}
         self._names = {}
         for name in self._files:
             for candidate in (name, prefix + name, name.removeprefix(prefix)):
@@ -244,8 +299,11 @@ class _Tensors:
                     break
         # Checkpoints whose tensors transformers renames or fuses while loading are read whole, in host memory.
         self._converted: dict[str, torch.Tensor] = {}
-        missing = {name for name, _ in model.named_parameters()} - set(self._names)
-        if not all(name in model.all_tied_weights_keys for name in missing):
+        missing = {name for name, _ in model.named_parameters()} - set(self._names) - set(model.all_tied_weights_keys)
+        missing = {name for name in missing if not self.packs(name.removesuffix(".weight"))}
+        if missing and packed:
+            raise Unsupported(f"the checkpoint has no tensor for {min(missing)}")
+        if missing:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 use_safetensors=True,
@@ -259,6 +317,10 @@ class _Tensors:
             for name, stored, wanted_shape in sorted(report["mismatched_keys"]):
                 raise Unsupported(f"{name} has shape {tuple(stored)}, the config says {tuple(wanted_shape)}")
             self._converted = whole.state_dict()
+
+    def packs(self, name: str) -> bool:
+        """Whether the linear layer of this name is stored in a quantized checkpoint's 4 bits."""
+        return f"{name}.qweight" in self._names
 
     def get(self, name: str) -> torch.Tensor | None:
         from safetensors import safe_open
