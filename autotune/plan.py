@@ -542,13 +542,17 @@ def _cache_element(cache: str, element: int) -> float:
 
 
 def _activations(shape: ModelShape, c: Configuration, context: int, tokens: int, kind: str) -> int:
-    """The transient peak: loading, prefill or decode; a captured decode step keeps its own pool beside the others."""
+    """The transient peak: loading, prefill or decode; a captured decode step keeps its own pool beside the others.
+
+    Steps of several depths share a pool, but each keeps its logits.
+    """
     chunk = min(c.prefill_chunk or context, context)
     keys = tokens if c.cache == "static" and chunk < context else context
     load = LOAD_COPIES.get(c.weights, 0) * shape.largest_linear * 2
     prefill = _pass_bytes(shape, c, chunk, keys, chunk < context, 1, kind)
     decode = _pass_bytes(shape, c, c.depth + 1, tokens, True, c.depth + 1, kind)
-    peak = max(load, prefill, decode) if c.launch == "eager" else max(load, prefill) + decode
+    kept = sum(depth + 1 for depth in c.depths[:-1]) * shape.vocab_size * _element(shape, c.weights)
+    peak = max(load, prefill, decode) if c.launch == "eager" else max(load, prefill) + decode + kept
     return peak + WORKSPACE[kind]
 
 
