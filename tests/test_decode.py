@@ -752,19 +752,19 @@ def test_sampled_text_has_the_distribution_of_the_target(draft):
     assert acceptance == 0 if draft == "none" else 0.1 < acceptance < 0.9
 
 
-def plant_fickle_depths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def plant_fickle_depths(monkeypatch: pytest.MonkeyPatch, draft: str) -> list[int]:
     """Depths that hang on the latest verdicts as much as they can: a memory of three tokens, and dear drafts."""
     monkeypatch.setattr(depth, "MEMORY", 3)
-    return plant_costs(monkeypatch, 0.25)
+    return plant_costs(monkeypatch, 0.25 if draft == DRAFT else 0.15)
 
 
 @pytest.mark.parametrize("draft", ["prompt-lookup", DRAFT])
 def test_sampled_text_has_the_distribution_of_the_target_where_the_depth_adapts(draft, monkeypatch):
-    depths = plant_fickle_depths(monkeypatch)
+    depths = plant_fickle_depths(monkeypatch, draft)
     value, acceptance = sample(draft, "adaptive")
     assert value > 0.01
     assert 0.1 < acceptance < 0.9
-    assert min(depths.count(count) for count in (0, 1, 2)) > SEEDS / 20
+    assert min(depths.count(count) for count in (0, 1, 2)) > SEEDS / 40
 
 
 def believing(logits: torch.Tensor, drafted: torch.Tensor, *rest: Any) -> tuple[int, list[int]]:
@@ -790,7 +790,7 @@ def test_a_broken_acceptance_rule_is_seen(draft, broken, monkeypatch):
 
 def test_a_broken_acceptance_rule_is_seen_where_the_depth_adapts(monkeypatch):
     monkeypatch.setattr(decode, "_verify", believing)
-    plant_fickle_depths(monkeypatch)
+    plant_fickle_depths(monkeypatch, DRAFT)
     value, _ = sample(DRAFT, "adaptive")
     assert value < 1e-4
 

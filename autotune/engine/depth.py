@@ -14,8 +14,8 @@ MEMORY = 32  # judged tokens after which a verdict weighs 1 / e
 PRIOR = (1, 2)  # accepted of judged tokens, before there was any
 PROBE = 16  # steps without speculation, after which it is tried again
 PROBE_DEPTH = 2  # at most so deep: a probe takes little even where drafting is dear
-TRIES = 3  # of every depth, before any is preferred; the first, which may record a step, is not timed
-TIMES = 8  # of a depth are remembered
+TRIES = 3  # of every depth, before any is preferred; the first may record the step
+TIMES = 8  # of a depth are remembered, of which the shortest counts
 COST = 0.1  # of a drafted token, in steps, for depths that were never timed
 
 
@@ -28,7 +28,7 @@ class AdaptiveDepth:
         self.idle = 0  # steps in a row in which nothing was judged
         self.accepted = self.judged = 0.0  # tokens, the older ones counting less
         self.tries: Counter[int] = Counter()
-        self.seconds: dict[int, deque[float]] = {}
+        self.seconds: dict[int, deque[float]] = {depth: deque(maxlen=TIMES) for depth in depths}
 
     @property
     def acceptance(self) -> float:
@@ -51,10 +51,7 @@ class AdaptiveDepth:
     def observe(self, proposed: int, accepted: int, seconds: float) -> None:
         """Learn from the step that was chosen: of the `proposed` tokens, which may be fewer, so many were accepted."""
         depth = next(depth for depth in self.depths if depth >= proposed)
-        if depth in self.seconds:
-            self.seconds[depth].append(seconds)
-        else:
-            self.seconds[depth] = deque(maxlen=TIMES)
+        self.seconds[depth].append(seconds)
         if not proposed:
             self.idle += 1
             self.tries[0] += 1
