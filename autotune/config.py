@@ -43,6 +43,7 @@ CACHES = (
 )
 ATTENTIONS = ("eager", "sdpa", "split_kv", "flash_attention_2", "flash_attention_3", "flex_attention")
 LAUNCHES = ("eager", "graph", "compile")
+SPECULATIONS = ("constant", "adaptive")
 
 MIB = 2**20
 TASK_QUESTIONS = 32  # of a task, the first so many are asked
@@ -65,7 +66,9 @@ class Configuration:
     """One choice for every knob (the words are explained in the README).
 
     `draft` is `none`, `prompt-lookup`, or the folder or ID of a draft model; with a draft model, depth 0 means that
-    it is resident but idle. `prefill_chunk` 0 means the whole prompt in one pass.
+    it is resident but idle. `depth` is the most tokens that a verification judges: always so many where `speculation`
+    is `constant`, as many as have lately paid where it is `adaptive`. `prefill_chunk` 0 means the whole prompt in one
+    pass.
     """
 
     weights: str = "bf16"
@@ -74,6 +77,7 @@ class Configuration:
     draft: str = "none"
     draft_weights: str = "none"
     depth: int = 0
+    speculation: str = "constant"
     cache: str = "dynamic"
     attention: str = "sdpa"
     prefill_chunk: int = 0
@@ -85,6 +89,8 @@ class Configuration:
             object.__setattr__(self, "depth", 0)
         if self.draft == "prompt-lookup" and self.depth == 0:
             object.__setattr__(self, "draft", "none")
+        if self.depth < 2:
+            object.__setattr__(self, "speculation", "constant")
         if self.draft in ("none", "prompt-lookup"):
             object.__setattr__(self, "draft_weights", "none")
         elif self.draft_weights == "none":
@@ -93,6 +99,12 @@ class Configuration:
     @property
     def has_draft_model(self) -> bool:
         return self.draft not in ("none", "prompt-lookup")
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The depths that a verification may have, ascending: few where it adapts, as each is a step to be recorded."""
+        fewer = (0, 1, 2, 4, 8) if self.speculation == "adaptive" else ()
+        return (*(depth for depth in fewer if depth < self.depth), self.depth)
 
     @property
     def load_group(self) -> LoadGroup:
@@ -182,6 +194,7 @@ class Record:
     ttft_s_interval: tuple[float, float] | None = None
     acceptance: float | None = None
     tokens_per_verification: float | None = None
+    mean_depth: float | None = None  # drafted tokens per decode step, those without any included
     peak_bytes: int | None = None
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None

@@ -76,7 +76,9 @@ class Request:
             f"{self.tokens_per_s:.1f} tokens/s (first after {self.generation.ttft_s:.2f} s), "
             f"rule up to {self.rule.max_context_tokens}, peak {mib(self.peak_bytes)}"
         )
-        return text if self.acceptance is None else f"{text}, acceptance {self.acceptance:.2f}"
+        if self.acceptance is None:
+            return text
+        return f"{text}, acceptance {self.acceptance:.2f} at a mean depth of {self.generation.mean_depth:.1f}"
 
 
 class _Text:
@@ -237,8 +239,9 @@ class LLM:
         """The continuation of a text or of token ids, piece by piece as it is decoded.
 
         It ends before the first of the `stop` strings, after `new_tokens` (by default as many as were measured), or
-        where the model ends it. Temperature 0 is greedy; `seed` makes a sampled text repeatable. Raises PolicyError at
-        once for a request that the policy was not measured for; reading raises OutOfMemory for one that does not fit.
+        where the model ends it. Temperature 0 is greedy; `seed` makes a sampled text repeatable, unless the rule's
+        speculation is adaptive. Raises PolicyError at once for a request that the policy was not measured for; reading
+        raises OutOfMemory for one that does not fit.
         """
         tokens = self._tokens(prompt)
         rule = self.policy.rule_for(len(tokens))

@@ -216,6 +216,8 @@ def _generate_settings(configuration: Configuration, device: str) -> tuple[dict[
         settings |= {"prompt_lookup_num_tokens": depth, "max_matching_ngram_size": 3}
     elif depth:
         settings["draft_depth"] = depth
+    if depth and configuration.speculation == "adaptive":
+        lost.append(f"speculation is always {depth} tokens deep and does not adapt to what is accepted")
     if configuration.prefill_chunk and depth:
         lost.append(f"the prompt is prefilled whole, not in chunks of {configuration.prefill_chunk}: more memory")
     elif configuration.prefill_chunk:
@@ -272,7 +274,8 @@ def load_text(load: Load) -> str:
 def settings_text(settings: Settings) -> str:
     """A rule's settings for a person."""
     text = f"{settings.cache} cache, {settings.launch}"
-    text += f", {settings.draft} x {settings.depth}" if settings.depth else ""
+    most = "up to " if settings.speculation == "adaptive" else ""
+    text += f", {settings.draft} x {most}{settings.depth}" if settings.depth else ""
     return text + (f", chunks of {settings.prefill_chunk}" if settings.prefill_chunk else "")
 
 

@@ -606,7 +606,8 @@ def _activations(
     """The transient peak beside both caches: loading, a prefill or decode.
 
     The draft's cache is made after the target's prefill, unless recorded steps keep it from the request before; and
-    a recorded step has a pool of its own beside all other passes.
+    a recorded step has a pool of its own beside all other passes. Steps of several depths share it, but each keeps its
+    logits.
     """
     load = LOAD_COPIES.get(c.weights, 0) * target.largest_linear * 2
     reads = c.attention != "split_kv"  # which takes the cache as it is stored, but for prompts, which sdpa feeds
@@ -618,7 +619,8 @@ def _activations(
         )
     if c.launch == "eager":
         return max(load, prefill - draft_kv, drafts, decode) + WORKSPACE[kind]
-    return max(load, prefill, drafts) + decode + WORKSPACE[kind]
+    kept = sum(depth + 1 for depth in c.depths[:-1]) * target.vocab_size * _element(target, c.weights)
+    return max(load, prefill, drafts) + decode + kept + WORKSPACE[kind]
 
 
 def _slack(

@@ -79,6 +79,7 @@ def _distinct(request: Request, target: plan.ModelShape) -> list[Configuration]:
     choices = dict(request.space.choices)
     choices["depth"] = choices["depth"][-1:]
     choices["attention"] = choices["attention"][:1]
+    choices["speculation"] = choices["speculation"][:1]
     choices["launch"] = ("eager",)
     choices["draft"] = tuple(word for word in choices["draft"] if word != "prompt-lookup") or ("none",)
     space = dataclasses.replace(request.space, choices=choices).restrict(

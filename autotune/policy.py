@@ -94,10 +94,14 @@ class Load(_Model):
 
 
 class Settings(_Model):
-    """What changes per request. `draft` is none, prompt-lookup or model (the load group's)."""
+    """What changes per request. `draft` is none, prompt-lookup or model (the load group's).
+
+    A policy without `speculation` was written before there was an adaptive depth: its depth is constant.
+    """
 
     draft: Literal["none", "prompt-lookup", "model"]
     depth: int = Field(ge=0, le=16)
+    speculation: Literal["constant", "adaptive"] = "constant"
     cache: str = _one_of(*CACHES)
     prefill_chunk: int = Field(ge=0)
     launch: Literal["eager", "graph", "compile"]
@@ -227,6 +231,7 @@ def to_configuration(load: Load, settings: Settings) -> Configuration:
         draft=draft,
         draft_weights=load.draft_weights,
         depth=depth,
+        speculation=settings.speculation,
         cache=settings.cache,
         attention=load.attention,
         prefill_chunk=settings.prefill_chunk,
@@ -588,6 +593,7 @@ def settings_of(configuration: Configuration) -> Settings:
     return Settings(
         draft=draft,  # type: ignore[arg-type] # validated by pydantic
         depth=configuration.depth,
+        speculation=configuration.speculation,  # type: ignore[arg-type]
         cache=configuration.cache,
         prefill_chunk=configuration.prefill_chunk,
         launch=configuration.launch,  # type: ignore[arg-type]

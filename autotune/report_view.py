@@ -21,6 +21,7 @@ _RATES: dict[Objective, tuple[str, str, str]] = {  # unit, figure, interval
 FIGURES = (  # name, field of a record, unit, scale
     ("first token", "ttft_s", "ms", 1000),
     ("acceptance", "acceptance", "%", 100),
+    ("mean depth", "mean_depth", "", 1),
     ("footprint", "peak_bytes", "MiB", 1 / MIB),
     ("KL divergence", "kl_divergence", "", 1),
     ("top-1 agreement", "top1_agreement", "%", 100),
@@ -234,6 +235,7 @@ def _short_path(name: str) -> str:
 def knob_texts(configuration: Configuration, knobs: Iterable[str] = KNOBS) -> list[str]:
     """`knob=value` for those of the knobs that say anything about this configuration."""
     idle = {"depth": configuration.draft == "none", "draft_weights": not configuration.has_draft_model}
+    idle["speculation"] = configuration.depth < 2
     values = asdict(configuration) | {"draft": re.split(r"[/\\]", configuration.draft.rstrip("/\\"))[-1]}
     values["prefill_chunk"] = configuration.prefill_chunk or "whole"
     return [f"{knob}={values[knob]}" for knob in knobs if not idle.get(knob)]

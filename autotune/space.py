@@ -14,7 +14,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from .config import ATTENTIONS, CACHES, EMBEDDINGS, HEAD_WEIGHTS, LAUNCHES, LM_HEADS, WEIGHTS, Configuration
+from .config import (
+    ATTENTIONS,
+    CACHES,
+    EMBEDDINGS,
+    HEAD_WEIGHTS,
+    LAUNCHES,
+    LM_HEADS,
+    SPECULATIONS,
+    WEIGHTS,
+    Configuration,
+)
 
 BUILT_IN = Path(__file__).parent / "search_spaces"
 if not BUILT_IN.exists():  # a source checkout
@@ -27,6 +37,7 @@ _WORDS: dict[str, tuple[str, ...] | None] = {
     "attention": ATTENTIONS,
     "draft": ("none", "prompt-lookup", "model"),
     "draft_weights": WEIGHTS,
+    "speculation": SPECULATIONS,
     "depth": None,
     "cache": CACHES,
     "prefill_chunk": None,
@@ -58,7 +69,7 @@ class Space:
         """A legal configuration of the trial's choices."""
         picked: dict[str, Any] = {}
         for knob, choices in self.choices.items():
-            options = _options(knob, choices, picked)
+            options = _options(knob, self.choices, picked)
             if len(options) > 1:
                 picked[knob] = trial.suggest_categorical(_name(knob, options, choices), options)
             elif options:
@@ -73,7 +84,7 @@ class Space:
         if not knobs:
             yield Configuration(**picked)
             return
-        options = _options(knobs[0], self.choices[knobs[0]], picked)
+        options = _options(knobs[0], self.choices, picked)
         for extended in [{**picked, knobs[0]: value} for value in options] or [picked]:
             yield from self._continue(extended, knobs[1:])
 
@@ -95,14 +106,15 @@ class Space:
                 "embeddings": ("host",) if packed else ("device",),
                 "attention": ("split_kv", "sdpa"),
                 "draft_weights": (weights, "bnb-nf4") if packed else ("bf16", "fp32"),
+                "speculation": ("constant",),
                 "depth": (4, 3, 5),
                 "cache": ("static",),
                 "prefill_chunk": (2048, 1024) if packed else (0,),
                 "launch": ("graph",),
             }
             picked: dict[str, Any] = {}
-            for knob, choices in self.choices.items():
-                options = _options(knob, choices, picked)
+            for knob in self.choices:
+                options = _options(knob, self.choices, picked)
                 if options:
                     picked[knob] = next((word for word in wishes[knob] if word in options), options[0])
             yield Configuration(**picked)
@@ -112,7 +124,7 @@ class Space:
         picked: dict[str, Any] = {}
         parameters: dict[str, Any] = {}
         for knob, choices in self.choices.items():
-            value, options = getattr(configuration, knob), _options(knob, choices, picked)
+            value, options = getattr(configuration, knob), _options(knob, self.choices, picked)
             if not options:
                 continue
             if value not in options:
@@ -246,13 +258,21 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _options(knob: str, choices: tuple[Any, ...], picked: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The knob's choices that are legal given those picked before; none where it has no effect."""
+def _options(knob: str, space: Mapping[str, tuple[Any, ...]], picked: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The knob's choices that are legal given those picked before; none where it has no effect.
+
+    An adaptive depth is the space's largest: it uses the smaller ones by itself.
+    """
+    choices = space[knob]
     match knob:
         case "lm_head" | "embeddings":
             return choices if picked["weights"] != "checkpoint" else ()
         case "draft_weights":
             return choices if picked["draft"] not in ("none", "prompt-lookup") else ()
+        case "speculation":
+            return choices if picked["draft"] != "none" and max(space["depth"]) > 1 else ()
+        case "depth" if picked.get("speculation") == "adaptive":
+            return (max(choices),)
         case "depth":
             return choices if picked["draft"] != "none" else ()
         case "cache" if picked.get("attention", "sdpa") == "split_kv":

@@ -20,6 +20,7 @@ from autotune.config import (
     LM_HEADS,
     MIB,
     OUTCOMES,
+    SPECULATIONS,
     WEIGHTS,
     Configuration,
     LoadGroup,
@@ -41,6 +42,7 @@ configurations = st.builds(
     draft=st.sampled_from(["none", "prompt-lookup", "/models/draft", "owner/draft"]),
     draft_weights=st.sampled_from(["none", *WEIGHTS]),
     depth=st.integers(0, 16),
+    speculation=st.sampled_from(SPECULATIONS),
     cache=st.sampled_from(CACHES),
     attention=st.sampled_from(ATTENTIONS),
     prefill_chunk=st.sampled_from([0, 256, 2048]),
@@ -164,6 +166,13 @@ def test_prompt_lookup_of_no_tokens_is_no_draft(c: Configuration) -> None:
     assert c.replace(draft="prompt-lookup", depth=0) == c.replace(draft="none")
 
 
+@given(configurations)
+def test_only_a_depth_of_two_or_more_can_adapt(c: Configuration) -> None:
+    assert c.speculation == "constant" or (c.draft != "none" and c.depth > 1)
+    assert c.replace(depth=1, speculation="adaptive") == c.replace(depth=1, speculation="constant")
+    assert c.replace(draft="/d", depth=2, speculation="adaptive").speculation == "adaptive"
+
+
 def test_a_draft_model_takes_the_weights_of_the_target_unless_told() -> None:
     assert Configuration(weights="bnb-nf4", draft="/d", depth=4).draft_weights == "bnb-nf4"
     assert Configuration(weights="bnb-nf4", draft="/d", draft_weights="bf16", depth=4).draft_weights == "bf16"
@@ -193,11 +202,18 @@ def test_the_load_group_of_a_configuration_without_a_draft_model_has_none(c: Con
     assert (group.draft, group.draft_weights) == ((c.draft, c.draft_weights) if c.has_draft_model else ("none", "none"))
 
 
-@given(configurations, st.sampled_from(["none", "prompt-lookup", "/d"]), st.integers(0, 16), st.sampled_from(LAUNCHES))
+@given(
+    configurations,
+    st.sampled_from(["none", "prompt-lookup", "/d"]),
+    st.integers(0, 16),
+    st.sampled_from(SPECULATIONS),
+    st.sampled_from(LAUNCHES),
+)
 def test_speculation_and_launch_do_not_change_what_is_said(
-    c: Configuration, draft: str, depth: int, launch: str
+    c: Configuration, draft: str, depth: int, speculation: str, launch: str
 ) -> None:
-    assert c.replace(draft=draft, depth=depth, launch=launch).quality_key == c.quality_key
+    changed = c.replace(draft=draft, depth=depth, speculation=speculation, launch=launch)
+    assert changed.quality_key == c.quality_key
 
 
 def test_a_quantized_head_is_stored_as_weights_of_some_word_are() -> None:
@@ -222,6 +238,7 @@ def test_complexity_counts_what_is_not_stock_but_the_weights() -> None:
     assert Configuration(weights="bnb-nf4").complexity == 0
     assert Configuration(weights="bnb-nf4", cache="static", launch="graph").complexity == 2
     assert Configuration(draft="prompt-lookup", depth=4).complexity == 2
+    assert Configuration(draft="prompt-lookup", depth=4, speculation="adaptive").complexity == 3
 
 
 @given(records)

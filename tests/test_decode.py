@@ -1,5 +1,6 @@
 """The decode loop: every knob combined gives the text that it should, and what goes wrong is seen."""
 
+import copy
 import io
 import itertools
 import random
@@ -15,9 +16,10 @@ from tiny_models import FAMILIES, VOCABULARY, WINDOW, draft_of, tiny, tokens
 from transformers import PreTrainedModel
 
 from autotune.config import Configuration, LoadGroup
-from autotune.engine import decode, runner
+from autotune.engine import decode, depth, runner
 from autotune.engine.cache import make_cache, settle
 from autotune.engine.decode import NGRAM, Engine, Generation, Sampling, _PromptLookup, _verify
+from autotune.engine.depth import PROBE, PROBE_DEPTH, TRIES, AdaptiveDepth
 from autotune.engine.load import Unsupported
 from autotune.engine.runner import Runner
 from autotune.measure.quality import compare
@@ -41,29 +43,35 @@ def _one_thread() -> Iterator[None]:
 class Case(NamedTuple):
     family: str
     cache: str
-    drafting: tuple[str, int]  # draft and depth
+    drafting: tuple[str, int, str]  # draft, depth and speculation
     chunk: int
     attention: str
 
     @property
     def configuration(self) -> Configuration:
-        draft, depth = self.drafting
+        draft, depth, speculation = self.drafting
         return Configuration(
             "fp32",
             "fp32",
             draft=draft,
             depth=depth,
+            speculation=speculation,
             cache=self.cache,
             attention=self.attention,
             prefill_chunk=self.chunk,
         )
 
     def __str__(self) -> str:
-        draft, depth = self.drafting
-        return f"{self.family}-{self.cache}-{draft.split()[-1]}-{depth}-chunk{self.chunk}-{self.attention}"
+        draft, depth, speculation = self.drafting
+        drafting = f"{draft.split()[-1]}-{speculation}-{depth}"
+        return f"{self.family}-{self.cache}-{drafting}-chunk{self.chunk}-{self.attention}"
 
 
-DRAFTINGS = [("none", 0), *itertools.product(("prompt-lookup", DRAFT), (1, 4, 7))]
+DRAFTINGS = [
+    ("none", 0, "constant"),
+    *itertools.product(("prompt-lookup", DRAFT), (1, 4, 7), ("constant",)),
+    *itertools.product(("prompt-lookup", DRAFT), (7,), ("adaptive",)),
+]
 LEGAL = [
     case
     for case in itertools.starmap(
@@ -162,6 +170,7 @@ def assert_books_balance(result: Generation, depth: int) -> None:
 def test_the_cases_cover_every_legal_pair_of_knobs():
     assert set().union(*map(goals, CASES)) == set().union(*map(goals, LEGAL))
     assert len(CASES) < len(LEGAL) / 5
+    assert sum(case.configuration.speculation == "adaptive" for case in CASES) >= 20
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -171,7 +180,7 @@ def test_the_models_write_text_that_varies(family):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_greedy_text_is_that_of_plain_decoding(case):
-    draft, depth = case.drafting
+    draft, depth, _ = case.drafting
     result = run(case.family, case.configuration)
     if case.cache in EXACT:
         assert result.tokens == stock_text(case.family, case.attention)
@@ -225,6 +234,93 @@ def test_launching_a_step_ahead_changes_nothing(cache):
     sampled = [engine.generate(prompt_of("llama"), configuration, 30, sampling=Sampling(1.0, 5)).tokens]
     engine.ahead = False
     assert sampled == [engine.generate(prompt_of("llama"), configuration, 30, sampling=Sampling(1.0, 5)).tokens]
+
+
+# ---- an adaptive depth
+
+
+def plant_costs(monkeypatch: pytest.MonkeyPatch, share: float) -> list[int]:
+    """Every drafted token costs this share of a step, whatever the clock says; the depths as they come."""
+    depths: list[int] = []
+    observe = AdaptiveDepth.observe
+
+    def planted(self: AdaptiveDepth, proposed: int, accepted: int, seconds: float) -> None:
+        assert seconds > 0
+        depths.append(proposed)
+        observe(self, proposed, accepted, 1 + share * proposed)
+
+    monkeypatch.setattr(AdaptiveDepth, "observe", planted)
+    return depths
+
+
+def plant_depths(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Any depths, and many steps in a row without speculation."""
+    dice = random.Random(seed)
+
+    def planted(self: AdaptiveDepth, limit: int) -> int:
+        allowed = [depth for depth in self.depths if depth <= max(limit, 0)]
+        self.chosen = 0 if self.idle % PROBE > 0 else dice.choice(allowed)
+        return self.chosen
+
+    monkeypatch.setattr(AdaptiveDepth, "choose", planted)
+
+
+ADAPTIVE = Configuration("fp32", "fp32", draft=DRAFT, depth=8, speculation="adaptive")
+LONG_TEXT = 160
+
+
+def contrary(target: PreTrainedModel) -> PreTrainedModel:
+    """A draft that proposes what the target holds to be the least likely."""
+    draft = copy.deepcopy(target)
+    draft.get_output_embeddings().weight.data.neg_()
+    return draft
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "quantized-4"])
+def test_a_draft_that_is_never_right_is_left_alone_but_for_probes(cache, monkeypatch):
+    depths = plant_costs(monkeypatch, 0.1)
+    engine = Engine(target_of("llama"), contrary(target_of("llama")), GROUP, "cpu")
+    result = engine.generate(prompt_of("llama"), ADAPTIVE.replace(cache=cache), LONG_TEXT)
+    assert result.tokens == one_by_one(target_of("llama"), prompt_of("llama"), cache, 0, LONG_TEXT)
+    assert result.accepted == 0
+    assert depths[:20].count(8) == TRIES
+    assert 3 <= depths[20:].count(PROBE_DEPTH) <= len(depths) // PROBE
+    assert depths[20:].count(0) + depths[20:].count(PROBE_DEPTH) == len(depths[20:])
+    assert sum(depths) == result.proposed
+    assert result.mean_depth == result.proposed / len(depths) < 1
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "quantized-4"])
+def test_a_draft_that_is_always_right_is_believed_to_the_full_depth(cache, monkeypatch):
+    depths = plant_costs(monkeypatch, 0.1)
+    engine = Engine(target_of("llama"), target_of("llama"), GROUP, "cpu")
+    for _ in range(2):  # the second request begins with what the first one learnt
+        result = engine.generate(prompt_of("llama"), ADAPTIVE, LONG_TEXT)
+    assert result.tokens == one_by_one(target_of("llama"), prompt_of("llama"), "dynamic", 0, LONG_TEXT)
+    assert result.accepted == result.proposed
+    assert set(depths[-len(result.step_s) : -4]) == {8}
+    assert result.mean_depth > 7
+
+
+@pytest.mark.parametrize("draft", ["prompt-lookup", DRAFT])
+@pytest.mark.parametrize("cache", ["dynamic", "static", *QUANTIZED])
+def test_whatever_depths_are_chosen_the_text_and_what_the_cache_holds_are_those_of_none(cache, draft, monkeypatch):
+    plain = Configuration("fp32", "fp32", cache=cache)
+    expected = one_by_one(target_of("qwen3"), prompt_of("qwen3"), cache, 0, LONG_TEXT)
+    reference = fresh(engine_of("qwen3"))
+    assert reference.generate(prompt_of("qwen3"), plain, LONG_TEXT, keep=400).tokens == expected
+    for seed in range(3):
+        plant_depths(monkeypatch, seed)
+        engine = fresh(engine_of("qwen3"))
+        configuration = plain.replace(draft=draft, depth=8, speculation="adaptive")
+        result = engine.generate(prompt_of("qwen3"), configuration, LONG_TEXT, keep=400)
+        assert result.tokens == expected
+        assert_books_balance(result, 8)
+        assert len(set(result.step_tokens)) > 1
+        ours, theirs = (next(iter(e._recordings.kept.values())).cache for e in (engine, reference))
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        for mine, other in zip(ours.layers, theirs.layers, strict=True):
+            assert getattr(mine, "stored", 0) == getattr(other, "stored", 0)
 
 
 # ---- the request's end
@@ -636,12 +732,13 @@ def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), statistic / 2).item()
 
 
-def sample(draft: str) -> tuple[float, float]:
+def sample(draft: str, speculation: str = "constant") -> tuple[float, float]:
     """The test's p-value, and the share of drafted tokens that were accepted."""
     counts, proposed, accepted = torch.zeros(SMALL**3), 0, 0
-    configuration = Configuration("fp32", "fp32", draft=draft, depth=2)
+    configuration, engine = Configuration("fp32", "fp32", draft=draft, depth=2, speculation=speculation), small_engine()
+    engine._adaptive.clear()
     for seed in range(SEEDS):
-        result = small_engine().generate(SMALL_PROMPT, configuration, 4, sampling=Sampling(1.0, seed))
+        result = engine.generate(SMALL_PROMPT, configuration, 4, sampling=Sampling(1.0, seed))
         first, second, third, _ = result.tokens
         counts[(first * SMALL + second) * SMALL + third] += 1
         proposed, accepted = proposed + result.proposed, accepted + result.accepted
@@ -653,6 +750,21 @@ def test_sampled_text_has_the_distribution_of_the_target(draft):
     value, acceptance = sample(draft)
     assert value > 0.01
     assert acceptance == 0 if draft == "none" else 0.1 < acceptance < 0.9
+
+
+def plant_fickle_depths(monkeypatch: pytest.MonkeyPatch, draft: str) -> list[int]:
+    """Depths that hang on the latest verdicts as much as they can: a memory of three tokens, and dear drafts."""
+    monkeypatch.setattr(depth, "MEMORY", 3)
+    return plant_costs(monkeypatch, 0.25 if draft == DRAFT else 0.15)
+
+
+@pytest.mark.parametrize("draft", ["prompt-lookup", DRAFT])
+def test_sampled_text_has_the_distribution_of_the_target_where_the_depth_adapts(draft, monkeypatch):
+    depths = plant_fickle_depths(monkeypatch, draft)
+    value, acceptance = sample(draft, "adaptive")
+    assert value > 0.01
+    assert 0.1 < acceptance < 0.9
+    assert min(depths.count(count) for count in (0, 1, 2)) > SEEDS / 40
 
 
 def believing(logits: torch.Tensor, drafted: torch.Tensor, *rest: Any) -> tuple[int, list[int]]:
@@ -673,6 +785,13 @@ def forgetful(logits: torch.Tensor, drafted: torch.Tensor, chances: Any, *rest: 
 def test_a_broken_acceptance_rule_is_seen(draft, broken, monkeypatch):
     monkeypatch.setattr(decode, "_verify", broken)
     value, _ = sample(draft)
+    assert value < 1e-4
+
+
+def test_a_broken_acceptance_rule_is_seen_where_the_depth_adapts(monkeypatch):
+    monkeypatch.setattr(decode, "_verify", believing)
+    plant_fickle_depths(monkeypatch, DRAFT)
+    value, _ = sample(DRAFT, "adaptive")
     assert value < 1e-4
 
 

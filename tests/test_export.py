@@ -126,6 +126,11 @@ POLICIES: dict[str, tuple[Policy, list[str], str]] = {
         ["for prompts up to 64, 128: each time 128 tokens", "for prompts up to 128: no speculation (depth 3)"],
         "",
     ),
+    "an adaptive depth": (
+        policy({}, {**SPECULATION, "speculation": "adaptive"}),
+        ["for prompts up to 128: speculation is always 3 tokens deep"],
+        "",
+    ),
     "8-bit caches": (
         policy({"cache": "quantized-8"}, {"cache": "quantized-fp8", "prefill_chunk": 64}),
         ["for prompts up to 64: the cache is fp8", "for prompts up to 128: the fp8 cache has one scale"],
@@ -247,6 +252,8 @@ def test_the_table_for_a_readme() -> None:
         "| 1.50 (0.90 to 2.10), a tie | 500 MiB (25%) | not measured |",
     ]
     assert {line.count("|") for line in table} == {8}
+    second.settings.speculation = "adaptive"
+    assert "static cache, eager, prompt-lookup x up to 3, chunks of 512" in as_markdown(known)
     assert end == "Intervals are 95 %. Measured with torch 2."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Mistr
 from autotune.config import Configuration, LoadGroup
 from autotune.engine import graph
 from autotune.engine.decode import Engine, Sampling
+from autotune.engine.depth import PROBE, AdaptiveDepth
 from autotune.engine.load import Unsupported
 
 VOCABULARY = 60
@@ -125,6 +127,35 @@ def test_recordings_serve_the_requests_of_one_bucket(monkeypatch: pytest.MonkeyP
     assert not recorded
     engine.generate(PROMPT * 4, configuration, 20)  # another bucket
     assert recorded
+
+
+@pytest.mark.parametrize("draft", ["draft", "prompt-lookup"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_an_adaptive_depth_records_few_steps_and_gives_the_eager_text(
+    monkeypatch: pytest.MonkeyPatch, cache: str, draft: str
+) -> None:
+    recorded: set[tuple[bool, int]] = set()
+    record, dice = graph.StepRunner._record, random.Random(4)
+    engine = make_engine()
+
+    def counted(self: graph.StepRunner, size: int) -> graph._Step:
+        recorded.add((self.model is engine.target, size))
+        return record(self, size)
+
+    def planted(self: AdaptiveDepth, limit: int) -> int:
+        allowed = [depth for depth in self.depths if depth <= max(limit, 0)]
+        self.chosen = 0 if self.idle % PROBE > 0 else dice.choice(allowed)
+        return self.chosen
+
+    monkeypatch.setattr(graph.StepRunner, "_record", counted)
+    monkeypatch.setattr(AdaptiveDepth, "choose", planted)
+    plain = Configuration(cache=cache)
+    expected = engine.generate(PROMPT, plain, 200).tokens
+    configuration = plain.replace(draft=draft, depth=8, speculation="adaptive", launch="graph")
+    for _ in range(2):
+        assert engine.generate(PROMPT, configuration, 200).tokens == expected
+    assert {size for target, size in recorded if target} <= {1, 2, 3, 5, 9}
+    assert {size for target, size in recorded if not target} == ({1, 2, PROBE + 2} if draft == "draft" else set())
 
 
 @pytest.mark.parametrize("draft", ["draft", "none"])
@@ -257,6 +288,8 @@ def test_graphs_give_the_eager_text_on_a_gpu(gpu_engine: Engine, cache: str) -> 
     assert gpu_engine.generate(PROMPT, eager.replace(launch="graph"), 130).tokens == expected
     speculative = eager.replace(draft="draft", depth=4, launch="graph")
     assert gpu_engine.generate(PROMPT, speculative, 130).tokens == expected
+    adaptive = speculative.replace(depth=8, speculation="adaptive")
+    assert gpu_engine.generate(PROMPT, adaptive, 130).tokens == expected
 
 
 @pytest.mark.gpu

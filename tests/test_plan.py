@@ -448,6 +448,7 @@ configurations = st.builds(
     draft=st.sampled_from(["none", "prompt-lookup", "1b"]),
     draft_weights=st.sampled_from(["none", "bf16", "bnb-nf4"]),
     depth=st.integers(0, 8),
+    speculation=st.sampled_from(["constant", "adaptive"]),
     cache=st.sampled_from(CACHES),
     attention=st.sampled_from(ATTENTIONS),
     prefill_chunk=st.sampled_from([0, 64, 1024]),
@@ -463,6 +464,16 @@ calibrations = st.builds(
     st.floats(-0.1, 0.5),
 )
 models = st.sampled_from(["llama", "hybrid"])
+
+
+def test_an_adaptive_depth_takes_what_the_largest_does_and_the_logits_of_the_smaller_ones(llama, draft):
+    for launch, kept in (("eager", 0), ("graph", (1 + 2 + 3 + 5) * 128256 * 2)):
+        constant = NF4.replace(cache="static", draft="1b", depth=8, launch=launch)
+        first, second = (
+            at(llama, configuration, 2048, draft=draft)
+            for configuration in (constant, constant.replace(speculation="adaptive"))
+        )
+        assert second.total - first.total == kept
 
 
 @settings(max_examples=150, deadline=None)

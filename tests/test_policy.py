@@ -54,6 +54,7 @@ configurations = st.builds(
     draft=st.sampled_from(["none", "prompt-lookup", DRAFT]),
     draft_weights=st.sampled_from(["bf16", "bnb-nf4"]),
     depth=st.integers(0, 16),
+    speculation=st.sampled_from(["constant", "adaptive"]),
     cache=st.sampled_from(["dynamic", "static", "quantized-4"]),
     attention=st.sampled_from(["sdpa", "eager"]),
     prefill_chunk=st.sampled_from([0, 512]),
@@ -279,6 +280,7 @@ WRONG: dict[str, tuple[list[Any], Any, str]] = {
     "a huge depth": (["rules", 0, "settings", "depth"], 17, "rules.0.settings.depth"),
     "an unknown cache": (["rules", 0, "settings", "cache"], "quantised-4", "rules.0.settings.cache"),
     "unknown weights": (["load", "weights"], "nf4", "load.weights"),
+    "an unknown speculation": (["rules", 0, "settings", "speculation"], "eager", "rules.0.settings.speculation"),
     "an unknown launch": (["rules", 1, "settings", "launch"], "rocket", "rules.1.settings.launch"),
     "an unknown draft": (["rules", 1, "settings", "draft"], DRAFT, "rules.1.settings.draft"),
     "a negative budget": (["budget_bytes"], -1, "budget_bytes"),
@@ -359,6 +361,17 @@ def test_a_rule_with_a_draft_model_that_is_not_loaded_is_refused(tmp_path: Path)
 @given(configurations)
 def test_a_configuration_survives_the_policys_load_and_settings(configuration: Configuration) -> None:
     assert to_configuration(load_of(configuration), settings_of(configuration)) == configuration
+
+
+def test_a_policy_from_before_depths_adapted_reads_as_constant(tmp_path: Path) -> None:
+    data = a_policy().model_dump(mode="json")
+    for rule in data["rules"]:
+        assert rule["settings"].pop("speculation") == "constant"
+    (tmp_path / "policy.json").write_text(json.dumps(data))
+    published = json.loads(SCHEMA_FILE.read_text())
+    jsonschema.validate(data, published)
+    policy = read_policy(tmp_path / "policy.json")
+    assert [policy.configuration(rule).speculation for rule in policy.rules] == ["constant"] * len(policy.rules)
 
 
 def test_an_idle_draft_is_written_as_none_and_stays_loaded() -> None:

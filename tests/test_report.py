@@ -223,6 +223,8 @@ def test_the_front_is_what_no_point_dominates(cloud: list[tuple[float, float]]) 
 def test_a_description_names_only_what_differs() -> None:
     fast = BASELINE.replace(cache="static", draft="prompt-lookup", depth=4, prefill_chunk=512)
     assert describe(fast, BASELINE) == "draft=prompt-lookup, depth=4, cache=static, prefill_chunk=512"
+    assert describe(fast.replace(speculation="adaptive"), fast) == "speculation=adaptive"
+    assert describe(BASELINE, fast.replace(speculation="adaptive")).startswith("draft=none, cache=")
     assert describe(BASELINE, BASELINE) == "same"
     assert describe(Configuration()) == "weights=bf16"
     assert describe(BASELINE.replace(prefill_chunk=0), fast) == "draft=none, cache=dynamic, prefill_chunk=whole"

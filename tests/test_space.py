@@ -63,6 +63,7 @@ def is_legal(c: Configuration) -> bool:
     fixed = c.cache in CAPTURABLE and c.attention in ("eager", "sdpa", "split_kv")
     captures = c.launch == "eager" or (fixed and "bnb-int8" not in (c.weights, c.draft_weights))
     captures = captures and (c.attention != "split_kv" or c.cache in CAPTURABLE)
+    captures = captures and (c.speculation == "constant" or (c.draft != "none" and c.depth > 1))
     as_stored = c.weights != "checkpoint" or (c.lm_head, c.embeddings) == ("bf16", "device")
     return speculates and captures and as_stored
 
@@ -75,6 +76,7 @@ def test_every_suggestion_is_legal_and_asks_only_for_what_has_an_effect(space: S
     assert all(getattr(configuration, name.partition(" of ")[0]) == value for name, value in trial.asked.items())
     assert ("depth" in trial.asked) <= (configuration.draft != "none")
     assert ("draft_weights" in trial.asked) <= configuration.has_draft_model
+    assert ("speculation" in trial.asked) <= (configuration.draft != "none" and max(space.choices["depth"]) > 1)
 
 
 @given(small_spaces(), st.data())
@@ -90,7 +92,7 @@ def test_the_parameters_of_a_suggestion_lead_back_to_it(space: Space, data: st.D
 def test_load_parameters_fix_the_load_group_and_nothing_else(space: Space, data: st.DataObject) -> None:
     first = space.suggest(Choices(data))
     fixed = space.load_parameters(first)
-    assert not fixed.keys() & {"depth", "cache", "prefill_chunk", "launch"}
+    assert not fixed.keys() & {"speculation", "depth", "cache", "prefill_chunk", "launch"}
     rest = Choices(data)
     rest.suggest_categorical = lambda name, choices: (  # type: ignore[method-assign]
         fixed[name] if name in fixed else data.draw(st.sampled_from(choices), label=name)
@@ -118,6 +120,17 @@ def test_a_configuration_of_another_space_is_found_only_if_it_is_in_this_one(
 ) -> None:
     configuration = other.suggest(Choices(data))
     assert (space.parameters(configuration) is not None) == (configuration in set(space.configurations()))
+
+
+@given(small_spaces())
+def test_an_adaptive_depth_is_the_largest_of_its_space_and_adds_no_others(space: Space) -> None:
+    depths = {c.depth for c in space.configurations() if c.speculation == "adaptive"}
+    expected = {max(space.choices["depth"])} - {1}
+    assert depths <= expected
+    if "adaptive" in space.choices["speculation"] and set(space.choices["draft"]) != {"none"}:
+        assert depths == expected
+    if space.choices["speculation"] == ("adaptive",) and expected:
+        assert all(c.depth == max(expected) for c in space.configurations() if c.draft != "none")
 
 
 def test_an_idle_draft_model_is_no_suggestion() -> None:
@@ -183,6 +196,7 @@ ERRORS = {
     "no table": ("cache = ['static']", ["cache must be a table"]),
     "an empty table": ("[cache]", ["[cache]", "choices"]),
     "choices and low": ("[depth]\nchoices = [2]\nlow = 1", ["[depth]", "either"]),
+    "unknown speculation": ("[speculation]\nchoices = ['heuristic']", ["speculation.choices", "adaptive"]),
     "depth 0": ("[depth]\nchoices = [0]", ["depth has 0", "1 to 16"]),
     "depth 17": ("[depth]\nlow = 1\nhigh = 17", ["depth has 17", "1 to 16"]),
     "a huge depth": ("[depth]\nlow = 1\nhigh = 1000000000000", ["depth has 1000000000000"]),

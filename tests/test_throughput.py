@@ -55,6 +55,8 @@ def test_a_steady_configuration_takes_the_fewest_rounds_and_the_warm_up_is_not_c
 def test_the_warm_up_is_short_and_exercises_the_draft() -> None:
     _, engine = measured(itertools.repeat(50.0), Configuration(draft="prompt-lookup", depth=5))
     assert engine.calls[0] == (PROMPTS[0], 14)
+    _, engine = measured(itertools.repeat(50.0), Configuration(draft="prompt-lookup", depth=2, speculation="adaptive"))
+    assert engine.calls[0] == (PROMPTS[0], 18)  # three times each of 1, 2 and 3 tokens
     assert all(new_tokens == 20 for _, new_tokens in engine.calls[1:])
 
 
@@ -145,6 +147,14 @@ def test_acceptance_is_accepted_over_proposed_and_a_verification_adds_one_token(
     figures = summarize(samples)
     assert figures["acceptance"] == pytest.approx(10 / 20)
     assert figures["tokens_per_verification"] == pytest.approx(1 + 10 / 5)
+
+
+def test_the_mean_depth_counts_steps_without_speculation() -> None:
+    samples = [
+        sample(0, 1.0, [1.0] * 4, 9, proposed=12, accepted=6, verifications=3),
+        sample(1, 1.0, [1.0] * 6, 9, proposed=8, accepted=4, verifications=2),
+    ]
+    assert summarize(samples)["mean_depth"] == pytest.approx(20 / 10)
 
 
 def test_what_nothing_was_proposed_for_has_no_acceptance() -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..config import HEAD_WEIGHTS, Configuration, LoadGroup, draft_head
 from .cache import stored_bytes
+from .depth import PROBE, AdaptiveDepth
 from .graph import Recordings
 from .load import Progress, Unsupported, load_model
 from .runner import Runner
@@ -50,10 +51,15 @@ class Generation:
     def decode_s(self) -> float:
         return sum(self.step_s)
 
+    @property
+    def mean_depth(self) -> float | None:
+        """Drafted tokens per decode step; None where none was drafted."""
+        return self.proposed / len(self.step_s) if self.proposed else None
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy. `seed` makes a sampled request repeatable."""
+    """Temperature 0 is greedy. `seed` makes a sampled request repeatable, unless its depth adapts to measured times."""
 
     temperature: float = 0.0
     seed: int = 0
@@ -80,6 +86,7 @@ class Engine:
         self.target, self.draft, self.group, self.device = target, draft, group, device
         self.ahead = device != "cpu"  # launch the step that follows before this one's token is read
         self._recordings = Recordings()
+        self._adaptive: dict[Configuration, AdaptiveDepth] = {}  # what was learnt serves the requests that follow
 
     @classmethod
     def load(cls, folder: str, group: LoadGroup, device: str, progress: Progress = lambda phase: None) -> Engine:
@@ -137,7 +144,8 @@ class Engine:
         again = prompt if keep else None
         generator = torch.Generator(self.device).manual_seed(sampling.seed)
         began = time.perf_counter()
-        target, cached = self._runner("target", configuration, capacity, (1, configuration.depth + 1), again)
+        sizes = (1, *(depth + 1 for depth in configuration.depths))
+        target, cached = self._runner("target", configuration, capacity, sizes, again)
         drafter = self._drafter(configuration, prompt, capacity, again)
         logits = target.prefill(prompt, configuration.prefill_chunk, cached, again is not None, ended)
         first = [] if logits is None else [int(_choose(logits[-1], sampling, generator))]
@@ -147,12 +155,16 @@ class Engine:
         result = Generation(first, now - began, cached_tokens=cached)
         on_tokens(list(first))
         plain = _Plain(target, first, new_tokens, sampling, generator, self.ahead) if drafter is None else None
+        adaptive = None
+        if configuration.speculation == "adaptive":
+            adaptive = self._adaptive.setdefault(configuration, AdaptiveDepth(configuration.depths))
         while not ended() and len(result.tokens) < new_tokens and result.tokens[-1] not in stop:
             if plain is not None:
                 tokens = [plain.next()]
             else:
                 assert drafter is not None
-                tokens = self._step(target, drafter, result, configuration.depth, new_tokens, sampling, generator)
+                limit = min(configuration.depth, target.room - 1, new_tokens - len(result.tokens) - 1)
+                tokens = self._step(target, drafter, result, limit, adaptive, sampling, generator)
             stopped = next((i for i, token in enumerate(tokens) if token in stop), None)
             tokens = tokens if stopped is None else tokens[: stopped + 1]
             result.tokens += tokens
@@ -175,12 +187,13 @@ class Engine:
         drafter: _ModelDraft | _PromptLookup,
         result: Generation,
         depth: int,
-        new_tokens: int,
+        adaptive: AdaptiveDepth | None,
         sampling: Sampling,
         generator: torch.Generator,
     ) -> list[int]:
-        """One speculative step: the tokens that it adds, at least one."""
-        depth = min(depth, target.room - 1, new_tokens - len(result.tokens) - 1)
+        """One speculative step of at most `depth` drafted tokens: the tokens that it adds, at least one."""
+        began = time.perf_counter()
+        depth = depth if adaptive is None else adaptive.choose(depth)
         pending = torch.tensor([result.tokens[-1]], device=self.device)
         proposal = drafter.propose(result.tokens, depth, sampling, generator) if depth > 0 else None
         if proposal is None:
@@ -188,6 +201,8 @@ class Engine:
             token = int(_choose(logits[-1], sampling, generator))
             target.settle()
             drafter.accept(0, 0)
+            if adaptive is not None:
+                adaptive.observe(0, 0, time.perf_counter() - began)
             return [token]
         drafted, draft_probabilities = proposal
         logits = target.feed(torch.cat([pending, drafted]))
@@ -197,6 +212,8 @@ class Engine:
         result.proposed += len(drafted)
         result.accepted += kept
         result.verifications += 1
+        if adaptive is not None:
+            adaptive.observe(len(drafted), kept, time.perf_counter() - began)
         return tokens
 
     def close(self) -> None:
@@ -215,7 +232,9 @@ class Engine:
             return None
         if configuration.draft == "prompt-lookup":
             return _PromptLookup(prompt, self.device)
-        runner, cached = self._runner("draft", configuration, capacity, (1, 2), again)
+        # after a verification it has one or two tokens to see; where there was none for a while, those as well
+        sizes = (1, 2) if configuration.speculation == "constant" else (1, 2, PROBE + 2)
+        runner, cached = self._runner("draft", configuration, capacity, sizes, again)
         return _ModelDraft(runner, configuration.prefill_chunk, cached, again is not None)
 
     def _runner(

@@ -41,7 +41,7 @@ def measure_throughput(
 
     Rounds end early where the first one falls so far below `bar` (tokens/s) that this cannot be the fastest.
     """
-    engine.generate(prompts[0], configuration, min(new_tokens, 2 * configuration.depth + 4))
+    engine.generate(prompts[0], configuration, min(new_tokens, _warm_up_tokens(configuration)))
     samples: list[dict[str, Any]] = []
     began = time.perf_counter()
     for done in range(1, MAX_ROUNDS + 1):
@@ -60,6 +60,13 @@ def measure_throughput(
     return samples, generations
 
 
+def _warm_up_tokens(configuration: Configuration) -> int:
+    """Enough for a few steps; where the depth adapts, for those in which each is tried."""
+    if configuration.speculation == "adaptive":
+        return 3 * sum(depth + 1 for depth in configuration.depths)
+    return 2 * configuration.depth + 4
+
+
 def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """The record's figures from raw samples: medians over rounds with 95 % intervals."""
     figures: dict[str, Any] = {}
@@ -73,6 +80,7 @@ def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
     verifications = sum(sample["verifications"] for sample in samples)
     if proposed:
         figures["acceptance"] = sum(sample["accepted"] for sample in samples) / proposed
+        figures["mean_depth"] = proposed / sum(len(sample["step_s"]) for sample in samples)
         figures["tokens_per_verification"] = 1 + sum(sample["accepted"] for sample in samples) / verifications
     return figures
 
