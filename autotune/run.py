@@ -31,6 +31,7 @@ _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of 
 _TRIAL_S = 600.0  # the longest that one measurement may take
 _FEW = 2000  # pairs that are looked through one by one
 _LEARNT = 4  # measured peaks from which the plan is calibrated
+_SURE = 0.8  # probability of fitting below which a baseline waits until more is known
 _UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
 _PARTS = 8  # into which what lies between two contexts is cut: three halvings find the part where a choice changes
 _WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
@@ -66,9 +67,10 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             info, space = _prepare(request, trials, info, watch)
             search = _search(request, space, shapes, studies, trials, info, watch)
             candidates = _stock(info["environment"]["full_precision"], search.space)
-            search.baseline(candidates)
+            search.baseline(candidates, sure=_SURE)
             watch.note(_dropped(space))
             search.run()
+            search.baseline(candidates)
             watch.note(_coverage(search))
             chosen, baselines = _finalists(search, candidates, request.reloads)
             _finals(search, trials, chosen, baselines, watch)
@@ -390,6 +392,7 @@ def _search(
         max_trials=request.trials,
         seed=request.seed,
         first=tuple(space.seeds()),
+        predicted=foresight.predicted,
     )
 
     def on_record(record: Record) -> None:
@@ -414,8 +417,9 @@ class Foresight:
     def __init__(self, request: Request, shapes: dict[str, planning.ModelShape], base_bytes: int):
         self.request, self.shapes = request, shapes
         self.default = planning.DEFAULT[request.budget.device.partition(":")[0]]
-        self.calibration = dataclasses.replace(self.default, base_bytes=base_bytes)
+        self.untaught = self.calibration = dataclasses.replace(self.default, base_bytes=base_bytes)
         self.pairs: list[tuple[Record, planning.Prediction]] = []
+        self.totals: dict[tuple[Configuration, int], int] = {}
 
     def learn(self, record: Record) -> None:
         """A measured peak corrects the predictions that follow."""
@@ -425,6 +429,13 @@ class Foresight:
         self.pairs.append((record, prediction))
         if len(self.pairs) >= _LEARNT:
             self.calibration = planning.calibrate(self.pairs, self.request.budget.device)
+
+    def predicted(self, configuration: Configuration, context: int) -> int:
+        """The footprint in bytes as the formulas have it, before anything is learnt."""
+        pair = configuration, context
+        if pair not in self.totals:
+            self.totals[pair] = self._predict(configuration, context, self.untaught).total
+        return self.totals[pair]
 
     def fits(self, configuration: Configuration, context: int) -> str:
         """Why it cannot fit, or nothing where it may: the prediction's own error is given away."""

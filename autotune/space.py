@@ -106,6 +106,20 @@ class Space:
                     picked[knob] = next((word for word in wishes[knob] if word in options), options[0])
             yield Configuration(**picked)
 
+    def neighbours(self, configuration: Configuration) -> Iterator[Configuration]:
+        """What differs from it in one knob; a word that is not legal beside it gives way to the first that is."""
+        own = {knob: getattr(configuration, knob) for knob in self.choices}
+        for knob, words in self.choices.items():
+            for word in words:
+                if word == own[knob]:
+                    continue
+                wishes, picked = {**own, knob: word}, dict[str, Any]()
+                for each, choices in self.choices.items():
+                    options = _options(each, choices, picked)
+                    if options:
+                        picked[each] = wishes[each] if wishes[each] in options else options[0]
+                yield Configuration(**picked)
+
     def parameters(self, configuration: Configuration) -> dict[str, Any] | None:
         """The choices that lead to a configuration, for Optuna; None where the space does not hold it."""
         picked: dict[str, Any] = {}

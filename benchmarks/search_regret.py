@@ -340,8 +340,9 @@ def search(sweep: Sweep, budget: int, seed: int, limit_s: float) -> tuple[dict[i
     searching.fits, searching.on_record = held, learn
     stock = run._stock(header["environment"]["full_precision"], sweep.space)
     try:
-        searching.baseline(stock)
+        searching.baseline(stock, sure=run._SURE)
         searching.run()
+        searching.baseline(stock)
         run._finalists(searching, stock, False)
     except OutOfTime:
         pass
