@@ -45,6 +45,7 @@ _UNLIKE = 0.08  # ln(rate) that each knob which experience would set otherwise i
 _SOUND = 0.9  # of the configurations, before any is known
 _OVER = 0.01  # ln(peak) by which what ran out of memory is taken to have been over the budget
 _UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group does not serve counts as
+_POSSIBLE = 0.1  # probability of being feasible below which a load group does not hope to serve a context
 _LIKELY = 0.5  # probability of being feasible below which a look is put off
 _SHARED = 2.0  # of a load, in looks at every context, is laid on the look that begins it
 
@@ -346,17 +347,15 @@ class Outlook:
         top = np.full((len(self.groups), count), -1)
         order = np.argsort(promise, kind="stable")
         top[self.group[order], self.context[order]] = order
-        usable = (top >= 0) & (promise[top] > -np.inf) & ~held
-        middle = np.where(held, standing, np.where(usable, mean[top], mean.min() - _UNCOVERED))
-        possible = held | (usable & (chance[top] >= _LIKELY))
-        rank = [
-            (int(possible[g].sum()), bool(possible[g, -1]), int(held[g].sum()), float(middle[g][possible[g]].sum()))
-            for g in range(len(held))
-        ]
-        leader = max(range(len(rank)), key=rank.__getitem__)
-        missing = np.flatnonzero(possible[leader] & ~held[leader])
-        if len(missing):  # a policy needs all of its contexts, and the longest are the hardest
-            return np.where((self.group == leader) & (self.context == missing[-1]) & open_, promise, -np.inf)
+        usable = (top >= 0) & (promise[top] > -np.inf) & (chance[top] >= _POSSIBLE) & ~held
+        sure = np.where(usable, chance[top], 0.0)
+        floor = mean.min() - _UNCOVERED
+        middle = np.where(held, standing, sure * mean[top] + (1 - sure) * floor)
+        leader = int(middle.sum(axis=1).argmax())
+        missing = np.flatnonzero(usable[leader])
+        if len(missing):  # a policy needs all of its contexts: what may fail first, else what is looked at soonest
+            at = top[leader, min(missing, key=lambda c: (round(sure[leader, c], 1), seconds[top[leader, c]]))]
+            return np.where(np.arange(len(mean)) == at, 1.0, np.where(open_, 1e-3 * promise - seconds, -np.inf))
         spread = np.where(usable, deviation[top], 0.0)
         gain = (middle.mean(axis=1) - middle[leader].mean())[self.group]
         gain += (mean - middle[self.group, self.context]) / count
