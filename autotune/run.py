@@ -32,6 +32,7 @@ _TRIAL_S = 600.0  # the longest that one measurement may take
 _FEW = 2000  # pairs that are looked through one by one
 _LEARNT = 4  # measured peaks from which the plan is calibrated
 _SURE = 0.8  # probability of fitting below which a baseline waits until more is known
+_UNSURE = 0.3  # and then is not measured
 _UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
 _PARTS = 8  # into which what lies between two contexts is cut: three halvings find the part where a choice changes
 _WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
@@ -70,7 +71,6 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             search.baseline(candidates, sure=_SURE)
             watch.note(_dropped(space))
             search.run()
-            search.baseline(candidates)
             watch.note(_coverage(search))
             chosen, baselines = _finalists(search, candidates, request.reloads)
             _finals(search, trials, chosen, baselines, watch)
@@ -460,17 +460,20 @@ class Foresight:
 
 
 def _reserve(search: Search, request: Request, reference_s: float) -> float:
-    """Seconds that the finalists and a look for each boundary will take, at most two fifths of the run."""
-    seconds = 0.0
+    """Seconds that the finalists, baselines that wait and a look for each boundary will take, at most two fifths."""
+    seconds, lacking = 0.0, 0
     for context in search.workload.contexts:
         here = [r for (_, at), r in search.known.items() if at == context and r.tokens_per_s]
         sides = [r for r in here if r.stage == "baseline"], [r for r in here if r.outcome == "ok"]
         fastest = (max(side, key=lambda r: r.tokens_per_s or 0) for side in sides if side)
         seconds += sum(r.measure_s or 0 for r in fastest)
+        lacking += not sides[0]
+    longest = max((r.measure_s or 0 for r in search.known.values()), default=0.0)
     load = max((r.load_s or 0 for r in search.known.values()), default=0) + 6
     chosen = choose(list(search.known.values()), search.workload, request.reloads)
     loads = 1 + max(1, len({configuration.load_group for configuration in chosen.values()}))
     finals = FINAL_ROUNDS * (_CARE_OVER_LOOK * seconds + loads * load)
+    finals += lacking * (1 + FINAL_ROUNDS) * longest + bool(lacking) * load
     looks = [
         _seconds(search, [(chosen[low], high), (chosen[high], high), (chosen[low], high)], load=True)
         for low, high in _changes(chosen, search.workload)
@@ -513,6 +516,8 @@ def _finalists(
     if group is not None:
         search.deadline += COMPLETING_S
         complete(search, group)
+    if search.now() < search.deadline:
+        search.baseline(candidates, sure=_UNSURE)
     chosen, baselines = _choice(search, candidates, reloads)
     if not reloads and len({baseline.load_group for baseline in baselines.values()}) > 1:
         for context in chosen:  # without reloads only what fits at the longest can be kept as a baseline

@@ -118,7 +118,9 @@ class Space:
                     options = _options(each, choices, picked)
                     if options:
                         picked[each] = wishes[each] if wishes[each] in options else options[0]
-                yield Configuration(**picked)
+                neighbour = Configuration(**picked)
+                if neighbour != configuration:  # a word without effect
+                    yield neighbour
 
     def parameters(self, configuration: Configuration) -> dict[str, Any] | None:
         """The choices that lead to a configuration, for Optuna; None where the space does not hold it."""

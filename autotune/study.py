@@ -1,11 +1,12 @@
-"""The search: which configuration to measure next. The only file that talks to Optuna's study API.
+"""The search: which configuration to measure next, at which context. The only file that talks to Optuna's study API.
 
 There is a study per context, with two objectives (rate up, perplexity down) and measured constraints (footprint,
-quality). The baseline comes first. Then a study is asked for a configuration, and while that load group is resident
-the other contexts' studies are asked for the knobs that need no reload, for at least as long as the load took. What was
-measured once is told again from memory, never measured again. Failures without figures are told as PRUNED with a
-violated constraint, because a sampler learns nothing from FAIL. How to measure is handed in:
-`measure(configuration, context, stage)`.
+quality); a study keeps what was measured, and what to try is enqueued to it. Every (configuration, context) that is not
+known is weighed by what `surrogate` believes of its rate, its footprint and its soundness: the gain that it can be
+expected to bring to the policy, a load group at every context, times the probability that it is feasible, over the
+seconds that a look takes, its part of the load included. The load group that promises most is first measured at every
+context that it can serve. A space too large to be weighed whole is weighed in a sample that grows around the best.
+What was measured once is never measured again. How to measure is handed in: `measure(configuration, context, stage)`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _DRAWN = 1000  # configurations of a larger one that are drawn at a time
 _CENTRES = 2  # of the fastest at a context whose neighbours are weighed as well
 _UNLIKE = 0.08  # ln(rate) that each knob which experience would set otherwise is expected to cost
 _SOUND = 0.9  # of the configurations, before any is known
-_OVER = 0.01  # ln(peak) by which what ran out of memory is taken to have been over the budget
+_OVER = 0.03  # ln(peak) by which what ran out of memory is taken to have been over the budget
 _UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group does not serve counts as
 _POSSIBLE = 0.1  # probability of being feasible below which a load group does not hope to serve a context
 _LIKELY = 0.5  # probability of being feasible below which a look is put off
@@ -73,7 +74,7 @@ class Studies:
         study = optuna.create_study(
             storage=self.storage,
             study_name=f"{self.name}/{suffix}",
-            sampler=optuna.samplers.RandomSampler(seed=seed),  # what to try is decided here, and enqueued
+            sampler=optuna.samplers.RandomSampler(seed=seed),  # never asked: what to try is enqueued
             directions=["maximize", "minimize"],
             load_if_exists=True,
         )
@@ -236,6 +237,9 @@ class Outlook:
         self.learnt: set[tuple[Configuration, int]] = set()
         self.resident: LoadGroup | None = None
         self.centres: set[Configuration] = set()
+        self.room: Any = np.zeros(0)  # per pair: ln(budget / predicted)
+        self.out: Any = np.zeros(0, bool)  # known, or of a load group that does not load
+        self.doubted: Any = np.zeros(0, bool)  # hopeless by what is known so far
         whole = list(islice(search.space.configurations(), _POOL + 1))
         self.whole = len(whole) <= _POOL
         self._extend(whole if self.whole else [*search.first, *self._drawn(_DRAWN)])
@@ -256,9 +260,9 @@ class Outlook:
         room = [0.0] * grown
         if search.predicted is not None:
             room = [math.log(search.budget.bytes / search.predicted(*pair)) for pair in pairs[before:]]
-        self.room = np.concatenate([self.room, room]) if before else np.array(room)
-        self.out = np.concatenate([self.out, np.zeros(grown, bool)]) if before else np.zeros(grown, bool)
-        self.doubted = np.concatenate([self.doubted, np.zeros(grown, bool)]) if before else np.zeros(grown, bool)
+        self.room = np.concatenate([self.room, room])
+        self.out = np.concatenate([self.out, np.zeros(grown, bool)])
+        self.doubted = np.concatenate([self.doubted, np.zeros(grown, bool)])
         self.rate.reset(self.pool, -_UNLIKE * self.pool.distance(search.first))
         self.footprint.reset(self.pool, np.zeros(len(pairs)))
         self.sound.reset(self.pool, np.full(len(pairs), _SOUND))

@@ -113,7 +113,7 @@ class Pool:
         least: Floats = None
         for configuration in configurations:
             codes = np.array([self._code(configuration, context) for context in self.contexts])
-            number = {context: row for context, row in zip(self.contexts, codes, strict=True)}
+            number = dict(zip(self.contexts, codes, strict=True))
             theirs = np.array([number[context] for _, context in self.pairs])
             far = (self.codes != theirs).sum(axis=1)
             least = far if least is None else np.minimum(least, far)

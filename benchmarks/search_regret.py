@@ -342,7 +342,6 @@ def search(sweep: Sweep, budget: int, seed: int, limit_s: float) -> tuple[dict[i
     try:
         searching.baseline(stock, sure=run._SURE)
         searching.run()
-        searching.baseline(stock)
         run._finalists(searching, stock, False)
     except OutOfTime:
         pass

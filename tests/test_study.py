@@ -484,3 +484,90 @@ def test_what_does_not_fit_at_a_longer_context_is_tried_at_a_shorter_one(tmp_pat
     fake = Fake(lambda c, context: "out_of_memory" if context == 256 else "ok")
     search_in(tmp_path, SMALL, fake, contexts=(256, 64)).baseline(BASELINES[:1])
     assert fake.calls == [(BASELINES[0], 256), (BASELINES[0], 64)]
+
+
+def chunked(tokens: int) -> Configuration:
+    return Configuration(prefill_chunk=tokens)
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_what_ran_out_of_memory_rules_out_what_needs_no_less(tmp_path: Path) -> None:
+    space = space_of(cache=("dynamic", "static"), prefill_chunk=(0, 512, 1024))
+    needs = {0: 3, 512: 1, 1024: 2}
+    small = BUDGET.bytes // 100
+    fake = Fake(lambda c, context: "out_of_memory" if c == chunked(1024) else "ok")
+    search = search_in(
+        tmp_path, space, fake, contexts=(64,), predicted=lambda c, context: small * needs[c.prefill_chunk]
+    )
+    search.measured(chunked(1024), 64)
+    assert "with what needs no more" in search.too_large(chunked(0), 64)
+    assert search.too_large(chunked(512), 64) == ""
+    assert search.too_large(chunked(0).replace(cache="static"), 64) == ""
+    search.run()
+    assert {c for c, _ in fake.calls} == set(space.configurations()) - {chunked(0)}
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_running_out_of_memory_makes_its_neighbours_less_likely_to_fit(tmp_path: Path) -> None:
+    space = space_of(weights=("bf16", "bnb-nf4"), cache=("dynamic", "static", "quantized-4"), launch=("eager", "graph"))
+    fake = Fake(lambda c, context: "out_of_memory")
+    search = search_in(tmp_path, space, fake, contexts=(64,), predicted=lambda c, context: BUDGET.bytes)
+    near, far = Configuration(launch="graph"), Configuration(weights="bnb-nf4", cache="static", launch="graph")
+    before = search._outlook.chance(near, 64)
+    search.measured(Configuration(), 64)
+    after = [search._outlook.chance(configuration, 64) for configuration in (Configuration(), near, far)]
+    assert before == pytest.approx(0.5)
+    assert after[0] < after[1] < after[2] < before
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_a_peak_that_was_measured_corrects_what_is_predicted(tmp_path: Path) -> None:
+    fake = Fake(peak=int(BUDGET.bytes * 0.9))
+    search = search_in(tmp_path, SMALL, fake, contexts=(64,), predicted=lambda c, context: int(BUDGET.bytes * 0.95))
+    before = search._outlook.chance(Configuration(cache="static"), 64)
+    search.measured(Configuration(), 64)
+    assert search._outlook.chance(Configuration(cache="static"), 64) > before + 0.05
+
+
+def test_a_baseline_that_may_not_fit_waits_until_more_is_known(tmp_path: Path) -> None:
+    fake = Fake(peak=int(BUDGET.bytes * 0.9))
+    sizes = {"bf16": 0.99, "bnb-nf4": 0.5}
+    search = search_in(tmp_path, SMALL, fake, predicted=lambda c, context: int(BUDGET.bytes * sizes[c.weights]))
+    search.baseline(BASELINES[:1], sure=0.8)
+    assert fake.calls == []
+    search.baseline(BASELINES, sure=0.8)
+    assert {configuration.weights for configuration, _ in fake.calls} == {"bnb-nf4"}
+    search.known.clear()
+    search.baseline(BASELINES)
+    assert {configuration.weights for configuration, _ in fake.calls[2:]} == {"bf16"}
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_the_leading_load_group_is_measured_at_every_context_first(tmp_path: Path) -> None:
+    measure = Fake(load_s=9.0, measure_s=1.0)
+    search_in(tmp_path, MIXED, measure, max_trials=2).run()
+    assert {context for _, context in measure.calls} == set(CONTEXTS)
+    assert len({configuration.load_group for configuration, _ in measure.calls}) == 1
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_a_space_that_is_too_large_to_weigh_whole_is_searched_from_its_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autotune.study._POOL", 50)
+    monkeypatch.setattr("autotune.study._DRAWN", 20)
+    measure = Fake(load_s=4.0)
+    search = search_in(tmp_path, MIXED, measure, max_trials=60)
+    search.run()
+    best = max(rate(c, 64) for c in MIXED.configurations())
+    assert max(rate(c, 64) for c, context in measure.calls if context == 64) >= 0.95 * best
+    assert len(search._outlook.pool.pairs) < 2 * 210
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_a_large_space_is_measured_whole_where_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autotune.study._POOL", 2)
+    monkeypatch.setattr("autotune.study._DRAWN", 40)
+    measure = Fake()
+    search_in(tmp_path, SMALL, measure).run()
+    assert len(set(measure.calls)) == len(measure.calls) == 16
