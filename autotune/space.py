@@ -137,23 +137,6 @@ class Space:
                 parameters[_name(knob, options, choices)] = value
         return parameters if Configuration(**picked) == configuration else None
 
-    def with_load_group(self, configuration: Configuration) -> Space:
-        """The part of the space that has the configuration's load group."""
-        fixed = ["weights", "lm_head", "embeddings", "attention"]
-        if configuration.has_draft_model:
-            fixed += ["draft", "draft_weights"]
-        left = {knob: (getattr(configuration, knob),) for knob in fixed}
-        left.setdefault("draft", tuple(w for w in self.choices["draft"] if w in ("none", "prompt-lookup")))
-        return dataclasses.replace(self, choices={**self.choices, **left})
-
-    def load_parameters(self, configuration: Configuration) -> dict[str, Any]:
-        """The choices that fix the configuration's load group and leave the rest open."""
-        parameters = self.parameters(configuration) or {}
-        fixed = ["weights", "lm_head", "embeddings", "attention"]
-        if configuration.has_draft_model:
-            fixed += ["draft", "draft_weights"]
-        return {knob: parameters[knob] for knob in fixed if knob in parameters}
-
     def restrict(
         self,
         *,
