@@ -31,6 +31,8 @@ _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of 
 _TRIAL_S = 600.0  # the longest that one measurement may take
 _FEW = 2000  # pairs that are looked through one by one
 _LEARNT = 4  # measured peaks from which the plan is calibrated
+_SURE = 0.8  # probability of fitting below which a baseline waits until more is known
+_UNSURE = 0.3  # and then is not measured
 _UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
 _PARTS = 8  # into which what lies between two contexts is cut: three halvings find the part where a choice changes
 _WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
@@ -66,7 +68,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             info, space = _prepare(request, trials, info, watch)
             search = _search(request, space, shapes, studies, trials, info, watch)
             candidates = _stock(info["environment"]["full_precision"], search.space)
-            search.baseline(candidates)
+            search.baseline(candidates, sure=_SURE)
             watch.note(_dropped(space))
             search.run()
             watch.note(_coverage(search))
@@ -389,6 +391,7 @@ def _search(
         max_trials=request.trials,
         seed=request.seed,
         first=tuple(space.seeds()),
+        predicted=foresight.predicted,
     )
 
     def on_record(record: Record) -> None:
@@ -413,8 +416,9 @@ class Foresight:
     def __init__(self, request: Request, shapes: dict[str, planning.ModelShape], base_bytes: int):
         self.request, self.shapes = request, shapes
         self.default = planning.DEFAULT[request.budget.device.partition(":")[0]]
-        self.calibration = dataclasses.replace(self.default, base_bytes=base_bytes)
+        self.untaught = self.calibration = dataclasses.replace(self.default, base_bytes=base_bytes)
         self.pairs: list[tuple[Record, planning.Prediction]] = []
+        self.totals: dict[tuple[Configuration, int], int] = {}
 
     def learn(self, record: Record) -> None:
         """A measured peak corrects the predictions that follow."""
@@ -424,6 +428,13 @@ class Foresight:
         self.pairs.append((record, prediction))
         if len(self.pairs) >= _LEARNT:
             self.calibration = planning.calibrate(self.pairs, self.request.budget.device)
+
+    def predicted(self, configuration: Configuration, context: int) -> int:
+        """The footprint in bytes as the formulas have it, before anything is learnt."""
+        pair = configuration, context
+        if pair not in self.totals:
+            self.totals[pair] = self._predict(configuration, context, self.untaught).total
+        return self.totals[pair]
 
     def fits(self, configuration: Configuration, context: int) -> str:
         """Why it cannot fit, or nothing where it may: the prediction's own error is given away."""
@@ -448,17 +459,20 @@ class Foresight:
 
 
 def _reserve(search: Search, request: Request, reference_s: float) -> float:
-    """Seconds that the finalists and a look for each boundary will take, at most two fifths of the run."""
-    seconds = 0.0
+    """Seconds that the finalists, baselines that wait and a look for each boundary will take, at most two fifths."""
+    seconds, lacking = 0.0, 0
     for context in search.workload.contexts:
         here = [r for (_, at), r in search.known.items() if at == context and r.tokens_per_s]
         sides = [r for r in here if r.stage == "baseline"], [r for r in here if r.outcome == "ok"]
         fastest = (max(side, key=lambda r: r.tokens_per_s or 0) for side in sides if side)
         seconds += sum(r.measure_s or 0 for r in fastest)
+        lacking += not sides[0]
+    longest = max((r.measure_s or 0 for r in search.known.values()), default=0.0)
     load = max((r.load_s or 0 for r in search.known.values()), default=0) + 6
     chosen = choose(list(search.known.values()), search.workload, request.reloads)
     loads = 1 + max(1, len({configuration.load_group for configuration in chosen.values()}))
     finals = FINAL_ROUNDS * (_CARE_OVER_LOOK * seconds + loads * load)
+    finals += lacking * (1 + FINAL_ROUNDS) * longest + bool(lacking) * load
     looks = [
         _seconds(search, [(chosen[low], high), (chosen[high], high), (chosen[low], high)], load=True)
         for low, high in _changes(chosen, search.workload)
@@ -502,6 +516,8 @@ def _finalists(
     if group is not None:
         search.deadline += COMPLETING_S
         complete(search, group)
+    if search.now() < search.deadline:
+        search.baseline(candidates, sure=_UNSURE)
     chosen, baselines = _choice(search, candidates, reloads)
     if not reloads and len({baseline.load_group for baseline in baselines.values()}) > 1:
         for context in chosen:  # without reloads only what fits at the longest can be kept as a baseline

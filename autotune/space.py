@@ -119,6 +119,22 @@ class Space:
                     picked[knob] = next((word for word in wishes[knob] if word in options), options[0])
             yield Configuration(**picked)
 
+    def neighbours(self, configuration: Configuration) -> Iterator[Configuration]:
+        """What differs from it in one knob; a word that is not legal beside it gives way to the first that is."""
+        own = {knob: getattr(configuration, knob) for knob in self.choices}
+        for knob, words in self.choices.items():
+            for word in words:
+                if word == own[knob]:
+                    continue
+                wishes, picked = {**own, knob: word}, dict[str, Any]()
+                for each, choices in self.choices.items():
+                    options = _options(each, choices, picked)
+                    if options:
+                        picked[each] = wishes[each] if wishes[each] in options else options[0]
+                neighbour = Configuration(**picked)
+                if neighbour != configuration:  # a word without effect
+                    yield neighbour
+
     def parameters(self, configuration: Configuration) -> dict[str, Any] | None:
         """The choices that lead to a configuration, for Optuna; None where the space does not hold it."""
         picked: dict[str, Any] = {}
@@ -133,23 +149,6 @@ class Space:
             if len(options) > 1:
                 parameters[_name(knob, options, choices)] = value
         return parameters if Configuration(**picked) == configuration else None
-
-    def with_load_group(self, configuration: Configuration) -> Space:
-        """The part of the space that has the configuration's load group."""
-        fixed = ["weights", "lm_head", "embeddings", "attention"]
-        if configuration.has_draft_model:
-            fixed += ["draft", "draft_weights"]
-        left = {knob: (getattr(configuration, knob),) for knob in fixed}
-        left.setdefault("draft", tuple(w for w in self.choices["draft"] if w in ("none", "prompt-lookup")))
-        return dataclasses.replace(self, choices={**self.choices, **left})
-
-    def load_parameters(self, configuration: Configuration) -> dict[str, Any]:
-        """The choices that fix the configuration's load group and leave the rest open."""
-        parameters = self.parameters(configuration) or {}
-        fixed = ["weights", "lm_head", "embeddings", "attention"]
-        if configuration.has_draft_model:
-            fixed += ["draft", "draft_weights"]
-        return {knob: parameters[knob] for knob in fixed if knob in parameters}
 
     def restrict(
         self,

@@ -1,11 +1,12 @@
-"""The search: which configuration to measure next. The only file that talks to Optuna's study API.
+"""The search: which configuration to measure next, at which context. The only file that talks to Optuna's study API.
 
 There is a study per context, with two objectives (rate up, perplexity down) and measured constraints (footprint,
-quality). The baseline comes first. Then a study is asked for a configuration, and while that load group is resident
-the other contexts' studies are asked for the knobs that need no reload, for at least as long as the load took. What was
-measured once is told again from memory, never measured again. Failures without figures are told as PRUNED with a
-violated constraint, because a sampler learns nothing from FAIL. How to measure is handed in:
-`measure(configuration, context, stage)`.
+quality); a study keeps what was measured, and what to try is enqueued to it. Every (configuration, context) that is not
+known is weighed by what `surrogate` believes of its rate, its footprint and its soundness: the gain that it can be
+expected to bring to the policy, a load group at every context, times the probability that it is feasible, over the
+seconds that a look takes, its part of the load included. The load group that promises most is first measured at every
+context that it can serve. A space too large to be weighed whole is weighed in a sample that grows around the best.
+What was measured once is never measured again. How to measure is handed in: `measure(configuration, context, stage)`.
 """
 
 from __future__ import annotations
@@ -13,27 +14,41 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import TrialState
 
 from .config import Budget, Configuration, LoadGroup, Record, Workload
 from .results import RECORD, RunError, open_storage
 from .space import Space
+from .surrogate import Pool, below, footprint_belief, improvement, rate_belief, sound_belief
 
 Measure = Callable[[Configuration, int, str], Record]
 Fits = Callable[[Configuration, int], str]  # why the plan says that it cannot fit, or nothing
 
-_DUPLICATES = 10  # suggestions in a row that were all known, after which one is drawn from what is left
 _LOADING = "while loading"  # how the reason of a record starts whose load group could not be loaded
 _TRIES = 3  # winners elsewhere that are tried at a context before the load group is left without a record there
 _FINISHED = 10  # trials of a context from which importances are told
-FIRST_SHARE = 0.4  # of the search's time goes at most to what experience says may win
+_TOO_LARGE = ("over_budget", "out_of_memory")
+_POOL = 4000  # configurations up to which a space is weighed whole
+_DRAWN = 1000  # configurations of a larger one that are drawn at a time
+_CENTRES = 2  # of the fastest at a context whose neighbours are weighed as well
+_UNLIKE = 0.08  # ln(rate) that each knob which experience would set otherwise is expected to cost
+_SOUND = 0.9  # of the configurations, before any is known
+_OVER = 0.03  # ln(peak) by which what ran out of memory is taken to have been over the budget
+_UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group does not serve counts as
+_POSSIBLE = 0.1  # probability of being feasible below which a load group does not hope to serve a context
+_LIKELY = 0.5  # probability of being feasible below which a look is put off
+_SHARED = 2.0  # of a load, in looks at every context, is laid on the look that begins it
 
 
 class Studies:
@@ -56,13 +71,10 @@ class Studies:
         self.by_context = {context: self._open(str(context), seed + context) for context in contexts}
 
     def _open(self, suffix: str, seed: int) -> optuna.Study:
-        with warnings.catch_warnings():  # `group` is experimental, and what makes a joint model of a conditional space
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, group=True, seed=seed)
         study = optuna.create_study(
             storage=self.storage,
             study_name=f"{self.name}/{suffix}",
-            sampler=sampler,
+            sampler=optuna.samplers.RandomSampler(seed=seed),  # never asked: what to try is enqueued
             directions=["maximize", "minimize"],
             load_if_exists=True,
         )
@@ -114,37 +126,30 @@ class Search:
     deadline: float  # as `now` has it
     max_trials: int | None = None
     seed: int = 0
-    first: tuple[Configuration, ...] = ()  # measured before the sampler is asked
+    first: tuple[Configuration, ...] = ()  # what experience says may win
     known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
-    skipped: int = 0
+    predicted: Callable[[Configuration, int], int] | None = None  # the footprint, uncalibrated, in bytes
     on_record: Callable[[Record], None] = lambda record: None
     now: Callable[[], float] = lambda: time.monotonic()
-    _asked: tuple[int, Configuration, optuna.Trial] | None = field(default=None, init=False, repr=False)
 
     def run(self) -> None:
         """Measure until time, trials or the space run out."""
-        self._random = random.Random(self.seed)
-        contexts = list(self.workload.contexts)
-        began = self.now()
-        share = FIRST_SHARE * (self.deadline - began)
-        for configuration in self.first:
-            if self.now() - began < share:
-                self._sow(configuration)
-        while contexts and not self._over():
-            context = min(contexts, key=lambda c: sum(at == c for _, at in self.known))
-            first = self._propose(context)
-            if first is None:
-                contexts.remove(context)
-            else:
-                self._stay(first, context)
+        while not self._over():
+            pair = self._next()
+            if pair is None:
+                return
+            self._measured(*pair, "search")
 
-    def baseline(self, candidates: list[Configuration]) -> None:
-        """Measure, per context, the first candidate that fits: what a user would run without tuning."""
+    def baseline(self, candidates: list[Configuration], sure: float = 0.0) -> None:
+        """Measure, per context, the first candidate that fits: what a user would run without tuning.
+
+        What fits with a lesser probability than `sure` is left for when more is known.
+        """
         for candidate in candidates:
             for context in self.workload.contexts:
                 if (candidate, context) in self.known or self.baseline_of(context, candidates) is not None:
                     continue
-                if not self.too_large(candidate, context):
+                if not self.too_large(candidate, context) and self._outlook.chance(candidate, context) >= sure:
                     self._measured(candidate, context, "baseline")
 
     def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:
@@ -158,67 +163,13 @@ class Search:
         measured = sum(record.stage == "search" for record in self.known.values())
         return self.now() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
 
-    def _sow(self, chosen: Configuration) -> None:
-        """Measure what experience says may win, at every context where it may still."""
-        for context in self.workload.contexts:
-            if not self._over() and (chosen, context) not in self.known and not self.hopeless(chosen, context):
-                self._measured(chosen, context, "search")
+    @cached_property
+    def _outlook(self) -> Outlook:
+        return Outlook(self)
 
-    def _stay(self, first: Configuration, at: int) -> None:
-        """Measure the proposal, then more of its load group at every context, for at least as long as loading took."""
-        spent, load_s = 0.0, 0.0
-        proposal: Configuration | None = first
-        contexts = [at, *(context for context in self.workload.contexts if context != at)]
-        while True:
-            found = False
-            for context in contexts:
-                if self._over():
-                    return
-                proposal = proposal or self._propose(context, first)
-                if proposal is None:
-                    continue
-                found = True
-                record = self._measured(proposal, context, "search")
-                proposal = None
-                if record.reason.startswith(_LOADING):
-                    return
-                spent, load_s = spent + (record.measure_s or 0), record.load_s or load_s
-            if not found or spent >= load_s:
-                return
-
-    def _propose(self, context: int, like: Configuration | None = None) -> Configuration | None:
-        """A configuration that is not known at this context (of the load group of `like`), or None if there is none."""
-        fixed = None
-        if like is not None:
-            fixed = self.space.load_parameters(like)
-            if self._draw(context, like) is None:  # asking costs more than looking: a trial is many writes
-                return None
-        for _ in range(_DUPLICATES):
-            trial = self.studies.ask(context, fixed)
-            configuration = self.space.suggest(trial)
-            if like is not None and configuration.load_group != like.load_group:  # it asks for a draft model
-                self.studies.by_context[context].tell(trial, state=TrialState.FAIL)  # no answer: nothing to learn
-                continue
-            reason = self.hopeless(configuration, context)
-            record = self.known.get((configuration, context))
-            if record is not None:
-                self.studies.tell(context, trial, record, self.workload, self.budget)
-            elif reason:
-                self.skipped += 1
-                trial.set_user_attr("skipped", reason)
-                trial.set_constraint("plan", 1.0)
-                self.studies.by_context[context].tell(trial, state=TrialState.PRUNED)
-            else:
-                self._asked = (context, configuration, trial)
-                return configuration
-        return self._draw(context, like)
-
-    def _draw(self, context: int, like: Configuration | None) -> Configuration | None:
-        """One of the configurations that are left, at random."""
-        space = self.space if like is None else self.space.with_load_group(like)
-        left = [configuration for configuration in space.configurations() if (configuration, context) not in self.known]
-        self._random.shuffle(left)
-        return next((configuration for configuration in left if not self.hopeless(configuration, context)), None)
+    def _next(self) -> tuple[Configuration, int] | None:
+        """The pair with the most to expect of the time that it takes, or None if none is left."""
+        return self._outlook.best()
 
     def hopeless(self, configuration: Configuration, context: int) -> str:
         """Why measuring it cannot change the answer: what is known of the same load or the same text, or the plan."""
@@ -232,22 +183,29 @@ class Search:
         return self.too_large(configuration, context)
 
     def too_large(self, configuration: Configuration, context: int) -> str:
-        """Why it cannot fit: it did not at a shorter context, all of which a longer one holds as well; or the plan."""
-        for shorter in self.workload.contexts:
-            record = self.known.get((configuration, shorter))
-            if shorter < context and record is not None and record.outcome in ("over_budget", "out_of_memory"):
-                return f"at {shorter} tokens: {record.reason}"
+        """Why it cannot fit: what needs no more did not, or the plan says so.
+
+        What did not fit is a lower bound. It needs no more than the same configuration at a longer context, which holds
+        all that a shorter one does, and no more than one with the same words that the plan puts at as much or more.
+        """
+        for (other, at), record in self.known.items():
+            if at > context or record.outcome not in _TOO_LARGE or _held(other) != _held(configuration):
+                continue
+            if other == configuration and at < context:
+                return f"at {at} tokens: {record.reason}"
+            if other == configuration or self.predicted is None:
+                continue
+            if self.predicted(configuration, context) >= self.predicted(other, at):
+                return f"at {at} tokens, with what needs no more: {record.reason}"
         return self.fits(configuration, context)
 
     def _measured(self, configuration: Configuration, context: int, stage: str) -> Record:
-        asked = self._asked
-        trial = asked[2] if asked is not None and asked[:2] == (context, configuration) else None
-        if trial is None and stage != "boundary":
+        trial = None
+        if stage != "boundary":
             parameters = self.space.parameters(configuration)
             if parameters is not None:
                 trial = self.studies.ask(context, parameters)
                 self.space.suggest(trial)
-        self._asked = None
         record = self.measure(configuration, context, stage)
         self.known[configuration, context] = record
         if trial is None:
@@ -264,6 +222,184 @@ class Search:
         """The record of a configuration at a context, measured now if it is not known or is asked for again."""
         known = self.known.get((configuration, context))
         return known if known is not None and not again else self._measured(configuration, context, stage)
+
+
+class Outlook:
+    """What the search expects of the pairs that it may measure, from those that it knows."""
+
+    def __init__(self, search: Search):
+        self.search = search
+        self.contexts = list(search.workload.contexts)
+        self.random = random.Random(search.seed)
+        self.pool = Pool(self.contexts)
+        self.rate, self.footprint, self.sound = rate_belief(), footprint_belief(), sound_belief()
+        self.groups: dict[LoadGroup, int] = {}
+        self.learnt: set[tuple[Configuration, int]] = set()
+        self.resident: LoadGroup | None = None
+        self.centres: set[Configuration] = set()
+        self.room: Any = np.zeros(0)  # per pair: ln(budget / predicted)
+        self.out: Any = np.zeros(0, bool)  # known, or of a load group that does not load
+        self.doubted: Any = np.zeros(0, bool)  # hopeless by what is known so far
+        whole = list(islice(search.space.configurations(), _POOL + 1))
+        self.whole = len(whole) <= _POOL
+        self._extend(whole if self.whole else [*search.first, *self._drawn(_DRAWN)])
+
+    def _drawn(self, count: int) -> list[Configuration]:
+        return [self.search.space.suggest(Drawn(self.random)) for _ in range(count)]
+
+    def _extend(self, configurations: Iterable[Configuration]) -> None:
+        """Take configurations into the pool; all that was learnt is learnt again for them."""
+        search, before = self.search, len(self.pool.pairs)
+        self.pool.extend(configurations)
+        pairs = self.pool.pairs
+        if len(pairs) == before:
+            return
+        grown = len(pairs) - before
+        self.context = np.array([self.contexts.index(context) for _, context in pairs])
+        self.group = np.array([self.groups.setdefault(c.load_group, len(self.groups)) for c, _ in pairs])
+        room = [0.0] * grown
+        if search.predicted is not None:
+            room = [math.log(search.budget.bytes / search.predicted(*pair)) for pair in pairs[before:]]
+        self.room = np.concatenate([self.room, room])
+        self.out = np.concatenate([self.out, np.zeros(grown, bool)])
+        self.doubted = np.concatenate([self.doubted, np.zeros(grown, bool)])
+        self.rate.reset(self.pool, -_UNLIKE * self.pool.distance(search.first))
+        self.footprint.reset(self.pool, np.zeros(len(pairs)))
+        self.sound.reset(self.pool, np.full(len(pairs), _SOUND))
+
+    def _learn(self) -> None:
+        """From every record that came since the last time."""
+        search = self.search
+        new = [pair for pair in search.known if pair not in self.learnt and pair[1] in self.contexts]
+        self._extend(configuration for configuration, _ in new)
+        for pair in new:
+            self.learnt.add(pair)
+            record, at = search.known[pair], self.pool.index[pair]
+            self.out[at] = True
+            if record.tokens_per_s is not None:
+                rate = max(record.rate(search.workload.objective), 1e-9)
+                self.rate.observe(at, math.log(rate), record.spread or 0.0)
+                self.sound.observe(at, float(record.outcome in ("ok", "over_budget", "unstable")))
+            elif record.outcome in ("unsupported", "crashed"):
+                self.sound.observe(at, 0.0)
+            if search.predicted is not None and record.peak_bytes:
+                self.footprint.observe(at, math.log(record.peak_bytes / search.predicted(*pair)))
+            elif search.predicted is not None and record.outcome == "out_of_memory":
+                self.footprint.observe(at, max(self.footprint.mean[at], self.room[at] + _OVER))
+            if _did_not_load(record):
+                self.out |= self.group == self.group[at]
+            self.resident = None if record.reason.startswith(_LOADING) else record.configuration.load_group
+        if new:
+            self.doubted[:] = False
+
+    def chance(self, configuration: Configuration, context: int) -> float:
+        """The probability that it fits."""
+        self._learn()
+        self._extend([configuration])
+        return float(self._chances()[self.pool.index[configuration, context]])
+
+    def _chances(self) -> Any:
+        if self.search.predicted is None:
+            return np.ones(len(self.pool.pairs))
+        return below((self.room - self.footprint.mean) / self.footprint.deviation)
+
+    def best(self) -> tuple[Configuration, int] | None:
+        self._learn()
+        if not self.whole:
+            self._explore()
+        while True:
+            scores = np.where(self.out | self.doubted, -np.inf, self._scores())
+            before = int(self.doubted.sum())
+            while scores[at := int(np.argmax(scores))] > -np.inf:
+                if not self.search.hopeless(*self.pool.pairs[at]):
+                    return self.pool.pairs[at]
+                self.doubted[at], scores[at] = True, -np.inf
+            if self.doubted.sum() == before and (self.whole or not self._more()):
+                return None
+
+    def _explore(self) -> None:
+        """Bring what differs in one knob from the best of each context into the pool."""
+        search = self.search
+        for context in self.contexts:
+            sound = [r for (_, at), r in search.known.items() if at == context and r.outcome == "ok"]
+            for record in sorted(sound, key=lambda r: -r.rate(search.workload.objective))[:_CENTRES]:
+                if record.configuration not in self.centres:
+                    self.centres.add(record.configuration)
+                    self._extend(search.space.neighbours(record.configuration))
+
+    def _more(self) -> bool:
+        before = len(self.pool.pairs)
+        self._extend(self._drawn(_DRAWN))
+        return len(self.pool.pairs) > before
+
+    def _scores(self) -> Any:
+        """Per pair: the expected gain of the policy's ln(rate) over the seconds that it takes to look."""
+        search, count = self.search, len(self.contexts)
+        mean, deviation = self.rate.mean, self.rate.deviation
+        chance = self._chances() * np.clip(self.sound.mean, 0.02, 1.0)
+        standing = np.full((len(self.groups), count), -np.inf)
+        for (configuration, context), record in search.known.items():
+            if record.outcome == "ok" and context in self.contexts:
+                cell = self.groups[configuration.load_group], self.contexts.index(context)
+                standing[cell] = max(standing[cell], math.log(record.rate(search.workload.objective)))
+        held = standing > -np.inf
+        seconds = self._seconds()
+        if not held.any():  # nothing to compare with: what experience has, where it fits for sure
+            return mean + 0.5 * np.log(np.maximum(chance, 1e-9)) - 0.01 * seconds / seconds.min()
+        open_ = ~(self.out | self.doubted)
+        promise = np.where(open_, mean + 0.5 * deviation + np.log(np.maximum(chance, 1e-9)), -np.inf)
+        top = np.full((len(self.groups), count), -1)
+        order = np.argsort(promise, kind="stable")
+        top[self.group[order], self.context[order]] = order
+        usable = (top >= 0) & (promise[top] > -np.inf) & (chance[top] >= _POSSIBLE) & ~held
+        sure = np.where(usable, chance[top], 0.0)
+        floor = mean.min() - _UNCOVERED
+        middle = np.where(held, standing, sure * mean[top] + (1 - sure) * floor)
+        leader = int(middle.sum(axis=1).argmax())
+        missing = np.flatnonzero(usable[leader])
+        if len(missing):  # a policy needs all of its contexts: what may fail first, else what is looked at soonest
+            at = top[leader, min(missing, key=lambda c: (round(sure[leader, c], 1), seconds[top[leader, c]]))]
+            return np.where(np.arange(len(mean)) == at, 1.0, np.where(open_, 1e-3 * promise - seconds, -np.inf))
+        spread = np.where(usable, deviation[top], 0.0)
+        gain = (middle.mean(axis=1) - middle[leader].mean())[self.group]
+        gain += (mean - middle[self.group, self.context]) / count
+        unsure = (spread.sum(axis=1)[self.group] - spread[self.group, self.context] + deviation) / count
+        scores = chance * improvement(gain, unsure) / seconds
+        scores[chance < _LIKELY] *= 0.1
+        scores[~held[self.group, self.context] & (top[self.group, self.context] != np.arange(len(mean)))] = 0.0
+        if scores[open_].max(initial=0.0) < 1e-12:
+            return np.where(open_, 1e-3 * promise - seconds, -np.inf)  # what is cheapest to be sure of
+        return scores
+
+    def _seconds(self) -> Any:
+        """What a look takes, with its part of the load."""
+        search, count = self.search, len(self.contexts)
+        looks: list[list[float]] = [[] for _ in range(count)]
+        loads: dict[tuple[str, bool], list[float]] = {}
+        for (configuration, context), record in search.known.items():
+            if record.tokens_per_s is not None and context in self.contexts:
+                looks[self.contexts.index(context)].append(record.measure_s or 0.0)
+            if record.load_s:
+                loads.setdefault((configuration.weights, configuration.has_draft_model), []).append(record.load_s)
+        means = [statistics.fmean(values) if values else None for values in looks]
+        longest = max((value for value in means if value is not None), default=1.0)
+        look = np.array([longest if value is None else value for value in means])
+        usual = statistics.fmean([value for values in loads.values() for value in values] or [2 * longest])
+        load = np.zeros(len(self.groups))
+        for group, number in self.groups.items():
+            if group != self.resident:
+                load[number] = statistics.fmean(loads.get((group.weights, group.draft != "none"), [usual]))
+        return np.maximum(look[self.context] + load[self.group] * _SHARED / count, 1e-3)
+
+
+class Drawn:
+    """Stands for an Optuna trial whose choices are drawn at random."""
+
+    def __init__(self, draw: random.Random):
+        self.draw = draw
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self.draw.choice(choices)
 
 
 def importances(url: str, name: str, contexts: Iterable[int]) -> dict[int, dict[str, float]]:
@@ -292,6 +428,12 @@ def importances(url: str, name: str, contexts: Iterable[int]) -> dict[int, dict[
             knobs[knob] = knobs.get(knob, 0.0) + share
         found[context] = dict(sorted(knobs.items(), key=lambda item: (-item[1], item[0])))
     return found
+
+
+def _held(configuration: Configuration) -> tuple[str, ...]:
+    """The words of what is held: only of configurations that share them can the plan say which needs more."""
+    c = configuration
+    return c.weights, c.lm_head, c.embeddings, c.cache, c.draft, c.draft_weights, c.launch
 
 
 def _did_not_load(record: Record) -> bool:

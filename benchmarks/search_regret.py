@@ -340,7 +340,7 @@ def search(sweep: Sweep, budget: int, seed: int, limit_s: float) -> tuple[dict[i
     searching.fits, searching.on_record = held, learn
     stock = run._stock(header["environment"]["full_precision"], sweep.space)
     try:
-        searching.baseline(stock)
+        searching.baseline(stock, sure=run._SURE)
         searching.run()
         run._finalists(searching, stock, False)
     except OutOfTime:

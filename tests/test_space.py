@@ -88,20 +88,6 @@ def test_the_parameters_of_a_suggestion_lead_back_to_it(space: Space, data: st.D
     assert space.suggest(optuna.trial.FixedTrial(parameters)) == configuration
 
 
-@given(small_spaces(), st.data())
-def test_load_parameters_fix_the_load_group_and_nothing_else(space: Space, data: st.DataObject) -> None:
-    first = space.suggest(Choices(data))
-    fixed = space.load_parameters(first)
-    assert not fixed.keys() & {"speculation", "depth", "cache", "prefill_chunk", "launch"}
-    rest = Choices(data)
-    rest.suggest_categorical = lambda name, choices: (  # type: ignore[method-assign]
-        fixed[name] if name in fixed else data.draw(st.sampled_from(choices), label=name)
-    )
-    other = space.suggest(rest)
-    if first.has_draft_model or not other.has_draft_model:
-        assert other.load_group == first.load_group
-
-
 @given(small_spaces())
 def test_all_configurations_are_legal_different_and_found(space: Space) -> None:
     found = list(space.configurations())
@@ -138,7 +124,6 @@ def test_an_idle_draft_model_is_no_suggestion() -> None:
     used = next(c for c in space.configurations() if c.has_draft_model)
     assert space.parameters(used) is not None
     assert space.parameters(used.replace(depth=0)) is None
-    assert space.load_parameters(used.replace(depth=0)) == {}
 
 
 @pytest.mark.parametrize("name", BUILT_INS)
@@ -323,3 +308,23 @@ def test_what_is_tried_first_is_legal_and_one_for_each_weights_and_draft(name: s
     heads = {c.lm_head for c in first if c.weights == "quanto-int4"}
     assert heads <= ({"int4"} if "int4" in space.choices["lm_head"] else {"bf16", "fp32"})
     assert len(first) == len(space.choices["weights"]) * len(space.choices["draft"])
+
+
+@given(small_spaces(), st.data())
+def test_neighbours_are_in_the_space(space: Space, data: st.DataObject) -> None:
+    here = space.suggest(Choices(data))
+    assert set(space.neighbours(here)) <= set(space.configurations()) - {here}
+
+
+def test_neighbours_are_legal_and_differ_in_one_word_or_what_follows_from_it() -> None:
+    space = read_space("default").restrict(
+        device="cuda:0", full_precision="bf16", drafts=["d"], sliding=False, quantized=False, failed={}
+    )
+    here = Configuration(weights="bnb-nf4", cache="static", attention="split_kv", launch="graph")
+    found = list(space.neighbours(here))
+    assert all(space.parameters(configuration) is not None for configuration in found)
+    assert here not in found
+    assert {c.cache for c in found} == {"static", "quantized-8", "quantized-4", "quantized-fp8"}
+    assert {c.draft for c in found} == {"none", "prompt-lookup", "d"}
+    assert here.replace(launch="eager") in found
+    assert here.replace(weights="bnb-int8", launch="eager") in found  # a graph cannot hold it

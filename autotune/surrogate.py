@@ -1,0 +1,150 @@
+"""What the search believes of configurations that it has not measured, at every context, from those that it has.
+
+Three Gaussian processes over (configuration, context) pairs: of the logarithm of the rate, of the logarithm of the
+peak over its prediction, and of whether the answer is sound. Each knob's word has an effect of its own, which changes
+slowly with the context, and the whole configuration another one for what words do together: an additive kernel
+(Duvenaud et al., arXiv:1112.4394) plus a product one. Pairs are a finite pool, so that a record is learnt by one update
+of every pair's mean and variance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .config import Configuration
+
+Pair = tuple[Configuration, int]
+Floats = Any  # a numpy array of float64
+
+_KNOBS = tuple(field.name for field in dataclasses.fields(Configuration))
+_DEPTH, _CHUNK = _KNOBS.index("depth"), _KNOBS.index("prefill_chunk")
+_DEPTHS = 4.0  # tokens of depth over which its effect changes
+_OCTAVES = 4.0  # doublings of the context over which an effect changes
+
+
+@dataclasses.dataclass
+class Belief:
+    """A Gaussian process: standard deviations before anything is known, then what was observed."""
+
+    everywhere: float  # of what all pairs have in common
+    by_context: float  # of what all configurations at a context have in common
+    by_knob: Mapping[str, float]  # of a word's effect
+    together: float  # of what words do together
+    noise: float
+    fading: float = 0.4  # share of an effect's variance that is lost over many octaves
+    observed: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
+    rows: list[Floats] = dataclasses.field(default_factory=list)
+
+    def reset(self, pool: Pool, mean: Floats) -> None:
+        """Begin again with a pool that has grown; what was observed stays."""
+        self.pool, self.mean = pool, mean.copy()
+        weights = [self.by_knob.get(knob, 0.0) ** 2 for knob in _KNOBS]
+        self.weights = np.array(weights)
+        whole = self.everywhere**2 + self.by_context**2 + sum(weights) + self.together**2
+        self.variance = np.full(len(mean), whole)
+        observed, self.observed, self.rows = self.observed, [], []
+        for at, value, spread in observed:
+            self.observe(at, value, spread)
+
+    def observe(self, at: int, value: float, spread: float = 0.0) -> None:
+        """The posterior of every pair after one more, whose own standard deviation comes on top of the noise."""
+        row = self._covariance(at)
+        for other in self.rows:
+            row -= other[at] * other
+        scale = math.sqrt(max(row[at], 0.0) + self.noise**2 + spread**2)
+        row /= scale
+        self.mean += row * ((value - self.mean[at]) / scale)
+        self.variance = np.maximum(self.variance - row**2, 1e-12)
+        self.rows.append(row)
+        self.observed.append((at, value, spread))
+
+    def _covariance(self, at: int) -> Floats:
+        alike, near = self.pool.alike(at)
+        effects = alike @ self.weights + self.together**2 * np.exp(-1.0 * (1 - alike).sum(axis=1))
+        return self.everywhere**2 + self.by_context**2 * near + effects * (1 - self.fading * (1 - near))
+
+    @property
+    def deviation(self) -> Floats:
+        return np.sqrt(self.variance)
+
+
+class Pool:
+    """The pairs that are weighed, in the order in which they came."""
+
+    def __init__(self, contexts: Sequence[int]):
+        self.contexts = tuple(contexts)
+        self.pairs: list[Pair] = []
+        self.index: dict[Pair, int] = {}
+        self._codes: list[list[float]] = []
+        self._words: dict[Any, int] = {}
+
+    def extend(self, configurations: Iterable[Configuration]) -> None:
+        for configuration in configurations:
+            for context in self.contexts:
+                if (configuration, context) not in self.index:
+                    self.index[configuration, context] = len(self.pairs)
+                    self.pairs.append((configuration, context))
+                    self._codes.append(self._code(configuration, context))
+        self.codes = np.array(self._codes)
+        self.octave = np.log2([context for _, context in self.pairs])
+
+    def _code(self, configuration: Configuration, context: int) -> list[float]:
+        """A number for each word; a prompt that fits its first chunk is prefilled whole."""
+        words = [getattr(configuration, knob) for knob in _KNOBS]
+        if configuration.prefill_chunk >= context:
+            words[_CHUNK] = 0
+        codes = [float(self._words.setdefault(word, len(self._words))) for word in words]
+        codes[_DEPTH] = configuration.depth
+        return codes
+
+    def alike(self, at: int) -> tuple[Floats, Floats]:
+        """How alike each pair's words are to one pair's (pairs x knobs, 0 to 1), and its context."""
+        alike = (self.codes == self.codes[at]).astype(float)
+        alike[:, _DEPTH] = np.exp(-np.abs(self.codes[:, _DEPTH] - self.codes[at, _DEPTH]) / _DEPTHS)
+        return alike, np.exp(-np.abs(self.octave - self.octave[at]) / _OCTAVES)
+
+    def distance(self, configurations: Iterable[Configuration]) -> Floats:
+        """In how many knobs each pair differs from the nearest of these; 0 where there are none."""
+        least: Floats = None
+        for configuration in configurations:
+            codes = np.array([self._code(configuration, context) for context in self.contexts])
+            number = dict(zip(self.contexts, codes, strict=True))
+            theirs = np.array([number[context] for _, context in self.pairs])
+            far = (self.codes != theirs).sum(axis=1)
+            least = far if least is None else np.minimum(least, far)
+        return np.zeros(len(self.pairs)) if least is None else least.astype(float)
+
+
+def rate_belief() -> Belief:
+    """Of ln(rate): launches and drafts change it by half, where embeddings are held hardly."""
+    strong = dict.fromkeys(("weights", "draft", "cache", "launch", "attention"), 0.35)
+    weak = {"lm_head": 0.1, "embeddings": 0.05, "draft_weights": 0.15, "depth": 0.15, "prefill_chunk": 0.1}
+    return Belief(5.0, 1.0, strong | weak, 0.15, 0.03)
+
+
+def footprint_belief() -> Belief:
+    """Of ln(peak / predicted): by 3 % for all, by 2 % for a word."""
+    return Belief(0.03, 0.0, dict.fromkeys(_KNOBS, 0.02), 0.01, 0.004)
+
+
+def sound_belief() -> Belief:
+    """Of 1 for an answer that is sound and 0 for one that is not."""
+    return Belief(0.1, 0.0, {"weights": 0.2, "cache": 0.25, "lm_head": 0.1, "attention": 0.1}, 0.2, 0.05, fading=0.1)
+
+
+def below(values: Floats) -> Floats:
+    """The standard normal distribution, by its logistic approximation (Bowling et al. 2009; off by 0.0001)."""
+    values = np.clip(values, -8, 8)
+    return 1 / (1 + np.exp(-(0.07056 * values**3 + 1.5976 * values)))
+
+
+def improvement(gain: Floats, deviation: Floats) -> Floats:
+    """The expected improvement of a normal variable over 0."""
+    deviation = np.maximum(deviation, 1e-9)
+    z = gain / deviation
+    return np.maximum(gain * below(z) + deviation * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi), 0.0)
