@@ -123,6 +123,10 @@ class Configuration:
         chunk = str(self.prefill_chunk) if self.cache.startswith("quantized") else "any"
         return (self.weights, self.lm_head, self.cache, self.attention, chunk)
 
+    def at(self, context: int) -> Configuration:
+        """The same thing at prompts of `context` tokens: one that fits its first chunk is prefilled whole."""
+        return self.replace(prefill_chunk=0) if self.prefill_chunk >= context else self
+
     @property
     def complexity(self) -> int:
         """How many knobs differ from the stock setting; a tie goes to the lower (promise 7)."""

@@ -127,8 +127,8 @@ class Space:
                 if word == own[knob]:
                     continue
                 wishes, picked = {**own, knob: word}, dict[str, Any]()
-                for each, choices in self.choices.items():
-                    options = _options(each, choices, picked)
+                for each in self.choices:
+                    options = _options(each, self.choices, picked)
                     if options:
                         picked[each] = wishes[each] if wishes[each] in options else options[0]
                 neighbour = Configuration(**picked)

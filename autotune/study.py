@@ -176,6 +176,8 @@ class Search:
         for (other, at), record in self.known.items():
             if _did_not_load(record) and other.load_group == configuration.load_group:
                 return record.reason
+            if at == context and other != configuration and other.at(at) == configuration.at(at):
+                return f"at {at} tokens the same as {other.differs_from(configuration)}"
             if at != context or record.outcome != "quality_loss" or other.quality_key != configuration.quality_key:
                 continue
             if other != configuration:

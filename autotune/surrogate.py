@@ -22,7 +22,7 @@ Pair = tuple[Configuration, int]
 Floats = Any  # a numpy array of float64
 
 _KNOBS = tuple(field.name for field in dataclasses.fields(Configuration))
-_DEPTH, _CHUNK = _KNOBS.index("depth"), _KNOBS.index("prefill_chunk")
+_DEPTH = _KNOBS.index("depth")
 _DEPTHS = 4.0  # tokens of depth over which its effect changes
 _OCTAVES = 4.0  # doublings of the context over which an effect changes
 
@@ -94,10 +94,8 @@ class Pool:
         self.octave = np.log2([context for _, context in self.pairs])
 
     def _code(self, configuration: Configuration, context: int) -> list[float]:
-        """A number for each word; a prompt that fits its first chunk is prefilled whole."""
-        words = [getattr(configuration, knob) for knob in _KNOBS]
-        if configuration.prefill_chunk >= context:
-            words[_CHUNK] = 0
+        """A number for each word that has an effect here."""
+        words = [getattr(configuration.at(context), knob) for knob in _KNOBS]
         codes = [float(self._words.setdefault(word, len(self._words))) for word in words]
         codes[_DEPTH] = configuration.depth
         return codes

@@ -37,13 +37,13 @@ def space_of(**choices: tuple[Any, ...]) -> Space:
     return Space({**single, "prefill_chunk": (0,), "launch": ("eager",), **choices})
 
 
-SMALL = space_of(weights=("bf16", "bnb-nf4"), cache=("dynamic", "static"), prefill_chunk=(0, 512))
+SMALL = space_of(weights=("bf16", "bnb-nf4"), cache=("dynamic", "static"), prefill_chunk=(0, 32))
 MIXED = space_of(
     weights=("bf16", "bnb-nf4", "quanto-int4"),
     draft=("none", "prompt-lookup", DRAFT),
     depth=(2, 4, 6),
     cache=("dynamic", "static", "quantized-4"),
-    prefill_chunk=(0, 512),
+    prefill_chunk=(0, 32),
     launch=("eager", "graph"),
 )
 
@@ -123,6 +123,17 @@ def test_everything_is_measured_once_and_then_the_search_ends(tmp_path: Path) ->
     everything = {(configuration, context) for configuration in SMALL.configurations() for context in CONTEXTS}
     assert len(measure.calls) == len(everything) == 16
     assert set(measure.calls) == everything
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_what_is_the_same_thing_at_a_context_is_measured_once_there(tmp_path: Path) -> None:
+    measure = Fake()
+    chunks = Space({**SMALL.choices, "prefill_chunk": (0, 64, 128)})  # of the contexts, the shorter fits one chunk
+    assert CONTEXTS == (64, 256)
+    search_in(tmp_path, chunks, measure).run()
+    alike = [(configuration.at(context), context) for configuration, context in measure.calls]
+    assert len(set(alike)) == len(alike)
+    assert set(alike) == {(c.at(context), context) for c in chunks.configurations() for context in CONTEXTS}
 
 
 def test_nothing_is_measured_again_when_a_run_is_continued(tmp_path: Path) -> None:
@@ -248,8 +259,8 @@ def test_trials_of_a_killed_run_fail_when_it_is_opened_again(tmp_path: Path) -> 
     killed.by_context[64].enqueue_trial({"cache": "static"})
     reopened = studies_in(tmp_path)
     assert [trial.state for trial in trials_of(tmp_path, 64)] == [TrialState.FAIL, TrialState.FAIL]
-    asked = reopened.ask(64, {"weights": "bnb-nf4", "cache": "dynamic", "prefill_chunk": 512})
-    assert SMALL.suggest(asked) == Configuration(weights="bnb-nf4", prefill_chunk=512)
+    asked = reopened.ask(64, {"weights": "bnb-nf4", "cache": "dynamic", "prefill_chunk": 32})
+    assert SMALL.suggest(asked) == Configuration(weights="bnb-nf4", prefill_chunk=32)
 
 
 def stays(measure: Fake) -> list[int]:
@@ -287,7 +298,7 @@ def test_a_load_group_that_does_not_load_is_tried_once(tmp_path: Path, outcome: 
                 return record
             return Record(configuration, context, outcome, "while loading: it failed", measure_s=1.0)
 
-    space = space_of(weights=("bf16", "bnb-nf4"), cache=("dynamic", "static"), prefill_chunk=(0, 64, 256, 512))
+    space = space_of(weights=("bf16", "bnb-nf4"), cache=("dynamic", "static"), prefill_chunk=(0, 8, 16, 32))
     measure = DoesNotLoad(load_s=5.0)
     search_in(tmp_path, space, measure).run()
     weights = [configuration.weights for configuration, _ in measure.calls]
@@ -499,16 +510,16 @@ def chunked(tokens: int) -> Configuration:
 
 @pytest.mark.usefixtures("in_memory")
 def test_what_ran_out_of_memory_rules_out_what_needs_no_less(tmp_path: Path) -> None:
-    space = space_of(cache=("dynamic", "static"), prefill_chunk=(0, 512, 1024))
-    needs = {0: 3, 512: 1, 1024: 2}
+    space = space_of(cache=("dynamic", "static"), prefill_chunk=(0, 16, 32))
+    needs = {0: 3, 16: 1, 32: 2}
     small = BUDGET.bytes // 100
-    fake = Fake(lambda c, context: "out_of_memory" if c == chunked(1024) else "ok")
+    fake = Fake(lambda c, context: "out_of_memory" if c == chunked(32) else "ok")
     search = search_in(
         tmp_path, space, fake, contexts=(64,), predicted=lambda c, context: small * needs[c.prefill_chunk]
     )
-    search.measured(chunked(1024), 64)
+    search.measured(chunked(32), 64)
     assert "with what needs no more" in search.too_large(chunked(0), 64)
-    assert search.too_large(chunked(512), 64) == ""
+    assert search.too_large(chunked(16), 64) == ""
     assert search.too_large(chunked(0).replace(cache="static"), 64) == ""
     search.run()
     assert {c for c, _ in fake.calls} == set(space.configurations()) - {chunked(0)}
