@@ -46,7 +46,14 @@ LOGIT_BYTES = 4  # logits are cast to float32 for the choice of a token
 UNPACKED = 2**24
 # bnb-int8 makes a product in int32; on a CPU, scaling it takes float32 copies beside that.
 INT8_PRODUCT_BYTES = {"cuda": 4, "cpu": 16}
-MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4")  # on a GPU, gate and up are one product of these
+MERGED = (
+    "bf16",
+    "fp32",
+    "bnb-nf4",
+    "bnb-fp4",
+    "quanto-int4",
+    "checkpoint",
+)  # on a GPU, gate and up are one product of these
 # Tokens from which on a whole matrix is expanded before the product; bitsandbytes' own 4-bit kernel takes fewer, and
 # quanto-int4 is expanded on a GPU, UNPACKED weights at a time.
 DEQUANTIZED_FROM = {"bnb-nf4": 8, "bnb-fp4": 8, "nf4": 8, "quanto-int8": 1, "int8": 1, "int4": 1, "quanto-int4": 128}

@@ -5,8 +5,8 @@ is an order of magnitude above it, since the host launches thousands of kernels 
 15 and 28 tokens/s minutes apart, so only interleaved repeats are compared: every round runs every configuration once.
 (What `torch.compile` compiled belongs to one cache, so compiled configurations are repeated one by one, at the end.)
 
-A rate is new tokens after the first, over the time from the first to the last. Before each timed request an untimed one
-of a few tokens records the steps. Peaks are the allocator's, over the timed request. MAD is the median absolute
+A rate is new tokens after the first, over the time from the first to the last. Before each timed request the same one
+untimed records the steps. Peaks are the allocator's, over the timed request. MAD is the median absolute
 deviation from the median.
 """
 
@@ -66,7 +66,7 @@ def stock(engine: Engine, prompt: list[int], new_tokens: int, chunk: int) -> Row
 
 
 def ours(engine: Engine, configuration: Configuration, prompt: list[int], new_tokens: int) -> Row:
-    engine.generate(prompt, configuration, 2 * configuration.depth + 4)
+    engine.generate(prompt, configuration, new_tokens)
     _reset_peaks()
     result = engine.generate(prompt, configuration, new_tokens)
     row = {"tokens_per_s": (len(result.tokens) - 1) / result.decode_s, "ttft_s": result.ttft_s}

@@ -66,7 +66,7 @@ def small(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def compile_one(case: Case) -> None:
     """One variant into Triton's cache on disk, by running it on a small product."""
     tiles, tokens = case
-    int4.multiply(*small(tokens), int4.counters(1040, "cuda"), tiles)
+    int4.multiply(*small(tokens), int4.counters(1040, "cuda"), tiles=tiles)
     torch.cuda.synchronize()
 
 
@@ -78,7 +78,7 @@ def check(case: Case) -> str:
         rows, packed, scale_zero = small(count)
         weights = int4.unpack_slowly(packed, scale_zero)
         expected = rows.double() @ weights.double().T
-        found = [int4.multiply(rows, packed, scale_zero, counters, tiles) for _ in range(3)]
+        found = [int4.multiply(rows, packed, scale_zero, counters, tiles=tiles) for _ in range(3)]
         error = ((found[0].double() - expected).norm() / expected.norm()).item()
         if not error < 0.003:
             return f"error {error:.4f} at {count} tokens"
@@ -112,7 +112,7 @@ class Weights:
         return torch.ops.aten._weight_int4pack_mm(self.rows[:count], packed, 128, self.pairs[copy])  # type: ignore[no-any-return]
 
     def ours(self, copy: int, count: int, tiles: Tiles | None = None) -> torch.Tensor:
-        return int4.multiply(self.rows[:count], self.packed(copy), self.pairs[copy], self.counters, tiles)
+        return int4.multiply(self.rows[:count], self.packed(copy), self.pairs[copy], self.counters, tiles=tiles)
 
     def unpacked(self, copy: int, count: int) -> torch.Tensor:
         output = self.rows.new_empty((count, self.width))

@@ -52,7 +52,7 @@ def product_error(
     codes, scale_zero, weights = random_codes(outputs, inputs)
     rows = torch.randn((tokens, inputs + stride), generator=torch.Generator().manual_seed(tokens)).bfloat16()
     rows, counters = rows.to(DEVICE)[:, :inputs], int4.counters(outputs, DEVICE)
-    first, second = (int4.multiply(rows, int4.pack(codes), scale_zero, counters, tiles) for _ in range(2))
+    first, second = (int4.multiply(rows, int4.pack(codes), scale_zero, counters, tiles=tiles) for _ in range(2))
     assert torch.equal(first, second)
     assert not counters.any()
     expected = rows.double() @ weights.T
@@ -105,10 +105,10 @@ def test_a_layer_gives_few_tokens_and_many_the_same_product(monkeypatch: pytest.
 def test_the_operation_for_the_compiler_is_the_product() -> None:
     codes, scale_zero, _ = random_codes(40, 256)
     rows = torch.randn((3, 256), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
-    arguments = (rows, int4.pack(codes), scale_zero, int4.counters(40, DEVICE))
+    arguments = (rows, int4.pack(codes), scale_zero, int4.counters(40, DEVICE), False)
     assert torch.equal(int4.product(*arguments), int4.multiply(*arguments))
     with FakeTensorMode() as mode:
-        fake = int4.product(*(mode.from_tensor(argument) for argument in arguments))
+        fake = int4.product(*(mode.from_tensor(argument) for argument in arguments[:4]), False)
     assert (fake.shape, fake.dtype) == ((3, 40), torch.bfloat16)
 
 

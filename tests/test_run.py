@@ -560,7 +560,7 @@ def test_a_measurement_that_the_end_of_a_run_cut_short_is_not_known_to_the_next(
 
 
 def test_the_run_says_how_much_of_the_space_it_measured_and_what_was_ruled_out(tmp_path: Path) -> None:
-    space = Space({"cache": ("static", "dynamic"), "prefill_chunk": (0, 512)})
+    space = Space({"cache": ("static", "dynamic"), "prefill_chunk": (0, 32)})
     studies = Studies(f"sqlite:///{tmp_path}/study.db", "study", {}, (64, 128), 0)
 
     def fits(configuration: Configuration, context: int) -> str:

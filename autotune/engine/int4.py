@@ -3,7 +3,7 @@
 """A product of a few tokens with 4-bit weights, whose time is that of reading the weights once.
 
 A weight is (16 + code) * scale + zero, rounded once to bfloat16, with a scale and a zero for INT4_GROUP weights along
-the input. 16 + code is a bfloat16 number whose mantissa holds the code's bits: a shift and a mask make two of them, a
+the input; or, where somebody else chose the codes, exactly (16 + code + zero) * scale, with a whole zero. 16 + code is a bfloat16 number whose mantissa holds the code's bits: a shift and a mask make two of them, a
 multiply-add two weights. Nothing has to move between threads for that, since the weights are packed to suit: a 16-bit
 word holds the codes of one output at four inputs that lie PLANE apart, and so each of its four planes goes into a
 tensor core's product of its own.
@@ -36,16 +36,20 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     return torch.stack([first | second << 4, third | fourth << 4], dim=-1).view(torch.int16).squeeze(-1)
 
 
-def unpack_slowly(packed: torch.Tensor, scale_zero: torch.Tensor) -> torch.Tensor:
-    """The weights, bfloat16 [outputs, inputs], on any device; `scale_zero` is [groups, outputs, 2]."""
+def unpack_slowly(packed: torch.Tensor, scale_zero: torch.Tensor, whole: bool = False) -> torch.Tensor:
+    """The weights, bfloat16 [outputs, inputs], on any device; `scale_zero` is [groups, outputs, 2].
+
+    With `whole` zeros are whole numbers, and belong to the codes.
+    """
     shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=packed.device)[:, None]
     codes = (packed.to(torch.int32)[:, :, None] >> shifts & 15).transpose(0, 1).flatten(1)
     scale, zero = scale_zero.transpose(0, 1).float().split(1, dim=2)
-    weights = torch.addcmul(zero, (codes + 16).float().unflatten(1, (-1, INT4_GROUP)), scale)
+    numbers = (codes + 16).float().unflatten(1, (-1, INT4_GROUP))
+    weights = (numbers + zero) * scale if whole else torch.addcmul(zero, numbers, scale)
     return weights.flatten(1).bfloat16()
 
 
-def unpack(packed: torch.Tensor, scale_zero: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+def unpack(packed: torch.Tensor, scale_zero: torch.Tensor, begin: int, end: int, whole: bool = False) -> torch.Tensor:
     """The weights of the outputs from `begin` to `end`, as `unpack_slowly` gives them."""
     blocks, width, word = packed.shape
     weights = torch.empty((end - begin, blocks * 4 * word), dtype=torch.bfloat16, device=packed.device)
@@ -56,7 +60,8 @@ def unpack(packed: torch.Tensor, scale_zero: torch.Tensor, begin: int, end: int)
         begin,
         end,
         width,
-        ASM=_asm(packed),
+        ASM=_asm(packed, whole),
+        WHOLE=whole,
         PLANE=word,
         GROUP=INT4_GROUP,
         BLOCK=32,
@@ -70,13 +75,17 @@ def counters(outputs: int, device: torch.device | str) -> torch.Tensor:
 
 
 @torch.library.custom_op("autotune::int4_product", mutates_args=())
-def product(rows: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+def product(
+    rows: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor, counters: torch.Tensor, whole: bool
+) -> torch.Tensor:
     """`multiply` as one operation, which `torch.compile` need not look into."""
-    return multiply(rows, packed, scale_zero, counters)
+    return multiply(rows, packed, scale_zero, counters, whole)
 
 
 @product.register_fake
-def _(rows: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+def _(
+    rows: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor, counters: torch.Tensor, whole: bool
+) -> torch.Tensor:
     return rows.new_empty((len(rows), packed.shape[1]))
 
 
@@ -85,6 +94,7 @@ def multiply(
     packed: torch.Tensor,
     scale_zero: torch.Tensor,
     counters: torch.Tensor,
+    whole: bool = False,
     tiles: tuple[int, int, int, int] | None = None,
 ) -> torch.Tensor:
     """bfloat16 rows [tokens, inputs] times the packed weights, [tokens, outputs]; up to 128 tokens.
@@ -109,7 +119,8 @@ def multiply(
         width,
         blocks,
         rows.stride(0),
-        ASM=_asm(rows),
+        ASM=_asm(rows, whole),
+        WHOLE=whole,
         OUTPUTS=outputs,
         TOKENS=tokens,
         PLANE=word,
@@ -134,23 +145,30 @@ def _tiles(width: int, blocks: int, tokens: int) -> tuple[int, int, int, int]:
     return outputs, shares, warps, stages
 
 
-def _asm(tensor: torch.Tensor) -> tuple[str, ...] | None:
+def _asm(tensor: torch.Tensor, whole: bool) -> tuple[str, ...] | None:
     """For each plane, what makes two weights of two words, a scale and a zero; None for Triton's interpreter."""
     if not tensor.is_cuda:
         return None
     shifts = ("shl.b32 c, $1, 3;", "shr.u32 c, $1, 1;", "shr.u32 c, $1, 5;", "shr.u32 c, $1, 9;")
     insert = "lop3.b32 c, c, 0x00780078, 0x41804180, 0xEA;"  # (c & mask) | 16 in bfloat16
-    return tuple("{.reg .b32 c;" + shift + insert + "fma.rn.bf16x2 $0, c, $2, $3;}" for shift in shifts)
+    weigh = "fma.rn.bf16x2 $0, c, $2, $3;"
+    if whole:  # the sum is exact; 1 and -0 make of a multiply-add a sum and a product, which sm_80 has no others of
+        weigh = "mov.b32 one, 0x3F803F80; fma.rn.bf16x2 c, c, one, $3;"
+        weigh += "mov.b32 one, 0x80008000; fma.rn.bf16x2 $0, c, $2, one;"
+    return tuple("{.reg .b32 c, one;" + shift + insert + weigh + "}" for shift in shifts)
 
 
 @triton.jit
-def _weights(words, pair, ASM: tl.constexpr, NUMBER: tl.constexpr):
+def _weights(words, pair, ASM: tl.constexpr, NUMBER: tl.constexpr, WHOLE: tl.constexpr):
     """One plane of a tile of words [outputs, PLANE]; a pair is a scale (low half) and a zero."""
     scale = (pair & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)[:, None]
     zero = (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)[:, None]
     if ASM is None:
-        number = ((words.to(tl.int32) >> (4 * NUMBER)) & 15) + 16
-        weights = (number.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)).to(tl.bfloat16)
+        number = (((words.to(tl.int32) >> (4 * NUMBER)) & 15) + 16).to(tl.float32)
+        if WHOLE:
+            weights = ((number + zero.to(tl.float32)) * scale.to(tl.float32)).to(tl.bfloat16)
+        else:
+            weights = (number * scale.to(tl.float32) + zero.to(tl.float32)).to(tl.bfloat16)
     else:
         weights = tl.inline_asm_elementwise(
             ASM[NUMBER], "=r,r,r,r", [words, scale, zero], dtype=tl.bfloat16, is_pure=True, pack=2
@@ -171,6 +189,7 @@ def _multiply(
     blocks,
     stride,
     ASM: tl.constexpr,
+    WHOLE: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TOKENS: tl.constexpr,
     PLANE: tl.constexpr,
@@ -193,7 +212,7 @@ def _multiply(
             pair = tl.load(pairs + group * width + feature, mask=known, other=0)
             begin = block * (4 * PLANE) + number * PLANE
             states = tl.load(rows + token * stride + begin + column[:, None], mask=asked, other=0)
-            weights = _weights(words, pair, ASM, number)
+            weights = _weights(words, pair, ASM, number, WHOLE)
             if ASM is None:  # the interpreter's product takes bfloat16 for integers
                 weights, states = weights.to(tl.float32), states.to(tl.float32)
             total = tl.dot(weights, states, total)
@@ -223,6 +242,7 @@ def _unpack(
     end,
     width,
     ASM: tl.constexpr,
+    WHOLE: tl.constexpr,
     PLANE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -238,4 +258,4 @@ def _unpack(
     for number in tl.static_range(4):
         group = block * (4 * PLANE // GROUP) + number * PLANE // GROUP
         pair = tl.load(pairs + group * width + feature, mask=known, other=0)
-        tl.store(weights + place + number * PLANE, _weights(words, pair, ASM, number), mask=known[:, None])
+        tl.store(weights + place + number * PLANE, _weights(words, pair, ASM, number, WHOLE), mask=known[:, None])

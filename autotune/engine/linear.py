@@ -97,12 +97,16 @@ def int4_multiplies(device: torch.device, dtype: torch.dtype, out: int, inp: int
 
 
 class Int4Linear(nn.Module):
-    """A bfloat16 layer in 4 bits: a scale and a zero per INT4_GROUP weights, w = (16 + code) * scale + zero."""
+    """A bfloat16 layer in 4 bits: a scale and a zero per INT4_GROUP weights, w = (16 + code) * scale + zero.
+
+    With `whole` zeros, w = (16 + code + zero) * scale.
+    """
 
     packed: torch.Tensor
     scale_zero: torch.Tensor
     bias: nn.Parameter | None
     counters: torch.Tensor
+    whole = False
 
     def __init__(self, linear: nn.Linear) -> None:
         from .int4 import counters, pack
@@ -131,9 +135,8 @@ class Int4Linear(nn.Module):
         layer.out_features, layer.in_features = codes.shape
         layer.bias = bias
         layer.register_buffer("packed", torch.cat([pack(rows) for rows in codes.split(CHUNK)], dim=1))
-        rounded = scale.bfloat16()
-        shift = (-16 - zero.float()) * rounded.float()  # of the rounded scale: the grid's zero stays where it was
-        layer.register_buffer("scale_zero", torch.stack([rounded, shift.bfloat16()], dim=2))
+        layer.whole = True
+        layer.register_buffer("scale_zero", torch.stack([scale.bfloat16(), -16 - zero.bfloat16()], dim=2))
         layer.register_buffer("counters", counters(layer.out_features, codes.device), persistent=False)
         return layer
 
@@ -143,7 +146,7 @@ class Int4Linear(nn.Module):
             from .int4 import multiply, product
 
             few = product if torch.compiler.is_compiling() else multiply  # the operation costs its caller 10 µs more
-            output: torch.Tensor = few(rows, self.packed, self.scale_zero, self.counters)
+            output: torch.Tensor = few(rows, self.packed, self.scale_zero, self.counters, self.whole)
         else:
             output = self._multiply_unpacked(rows)
         output = output.view(*states.shape[:-1], self.out_features)
@@ -156,7 +159,7 @@ class Int4Linear(nn.Module):
         step = max(1, UNPACKED // self.in_features)
         for begin in range(0, self.out_features, step):
             end = min(self.out_features, begin + step)
-            output[:, begin:end] = rows @ unpack(self.packed, self.scale_zero, begin, end).T
+            output[:, begin:end] = rows @ unpack(self.packed, self.scale_zero, begin, end, self.whole).T
         return output
 
 
