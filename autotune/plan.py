@@ -40,6 +40,7 @@ CACHE_SPARE = 32  # slots more where steps are recorded, which may be longer tha
 
 HIDDEN_COPIES = 4  # the embeddings, the layer's input, the residual and the normalized input are alive together
 ROTARY = 2  # cosines and sines of every position
+REPEATED = 32 * MIB  # keys and values that split_kv repeats for a prompt's heads at a time
 MASK_BYTES = 1  # the boolean mask; the kernel adds a copy of it in the activations' type
 SCORE_BYTES = 4  # eager softmax works in float32, between scores and probabilities in the activations' type
 LOGIT_BYTES = 4  # logits are cast to float32 for the choice of a token
@@ -713,6 +714,8 @@ def _attention_bytes(shape: ModelShape, c: Configuration, queries: int, keys: in
     element, grouped = _element(shape, c.weights), shape.heads != shape.kv_heads
     layer = 2 * shape.kv_heads * shape.head_dim * keys * element
     repeated = 2 * shape.heads * shape.head_dim * keys * element if grouped else 0
+    if c.attention == "split_kv":  # a few of them at a time
+        repeated = min(repeated, max(REPEATED, repeated // shape.kv_heads))
     pairs = queries * keys
     sliding = any(block.window and keys > block.window for block in shape.layers)
     unfused = c.attention == "sdpa" and kind == "cuda" and element == 4 and grouped  # flash has no float32

@@ -100,3 +100,24 @@ def test_decoding_with_the_kernel_gives_the_text_of_sdpa(
 def test_without_a_gpu_the_kernel_is_unsupported(tmp_path: Any) -> None:
     with pytest.raises(Unsupported, match="split_kv needs a GPU"):
         load_model(tmp_path, attention="split_kv", device="cpu")
+
+
+@pytest.mark.parametrize("own_masks", [False, True])
+def test_a_prompt_is_attended_to_a_few_heads_at_a_time(monkeypatch: pytest.MonkeyPatch, own_masks: bool) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(1, 12, 5, 16, device=DEVICE)
+    key, value = torch.randn(2, 1, 6, 9, 16, device=DEVICE)
+    mask = torch.rand(1, 12 if own_masks else 1, 5, 9, device=DEVICE) < 0.7
+    mask[..., 0] = True
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    whole = attention._prompt_attention(module, query, key, value, mask, None)
+    asked = []
+    forward = attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "REPEATED", 2 * 2 * 2 * 9 * 16 * 4)  # two of the six KV heads
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *a, **k: (asked.append(a[2].shape[1]), forward(*a, **k))[1]
+    )
+    torch.testing.assert_close(attention._prompt_attention(module, query, key, value, mask, None), whole)
+    assert asked == [2, 2, 2]
+    assert whole.shape == (1, 5, 12, 16)

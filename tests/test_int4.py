@@ -95,7 +95,7 @@ def test_a_layer_gives_few_tokens_and_many_the_same_product(monkeypatch: pytest.
     monkeypatch.setattr(linear_module, "CHUNK", 16)
     torch.manual_seed(0)
     layer = torch.nn.Linear(256, 40, bias=bias).bfloat16().to(DEVICE)
-    packed = Int4Linear(layer)
+    packed = Int4Linear(layer, DEVICE)
     states = torch.randn(1, MANY + 4, 256).bfloat16().to(DEVICE)
     few = torch.cat([packed(part) for part in states.split(20, dim=1)], dim=1)
     torch.testing.assert_close(packed(states), few, rtol=0.02, atol=0.02)
@@ -113,7 +113,7 @@ def test_the_operation_for_the_compiler_is_the_product() -> None:
 
 
 def test_layers_on_a_cpu_are_left_to_quanto() -> None:
-    assert not fits_int4(torch.nn.Linear(256, 40).bfloat16())
+    assert not fits_int4(torch.nn.Linear(256, 40).bfloat16(), "cpu")
 
 
 @pytest.mark.gpu
@@ -122,8 +122,8 @@ def test_a_recorded_product_follows_its_input_on_a_gpu() -> None:
         pytest.skip("no NVIDIA GPU")
     torch.manual_seed(0)
     layer = torch.nn.Linear(4096, 4096, bias=False, device="cuda").bfloat16()
-    assert fits_int4(layer)
-    packed = Int4Linear(layer)
+    assert fits_int4(layer, DEVICE)
+    packed = Int4Linear(layer, DEVICE)
     states = torch.randn(1, 5, 4096, device="cuda").bfloat16()
     packed(states)
     graph = torch.cuda.CUDAGraph()

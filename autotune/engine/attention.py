@@ -24,11 +24,13 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..config import MIB
 from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers
 from .load import Unsupported
 
 WORD = "split_kv"
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
+REPEATED = 32 * MIB  # of keys and values that a prompt's attention repeats for the heads that share them, at a time
 FULL, FLOAT8 = 0, 16  # the kernel's words for a layer's storage; the others are bits per stored value
 
 
@@ -70,8 +72,36 @@ def _attention(
         raise Unsupported(f"attention = {WORD} has no attention sinks, which this model needs")
     layer: Any = getattr(module, "kv_layer", None)
     if layer is None or layer.lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return _prompt_attention(module, query, key, value, attention_mask, scaling, **kwargs), None
     return decode_attention(query, layer, scaling, sliding_window), None
+
+
+def _prompt_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """PyTorch's own attention, which with a mask repeats keys and values for every head: a few KV heads at a time."""
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    repeated = 2 * group * key.shape[2] * key.shape[3] * key.element_size()
+    step = kv_heads if mask is None or group == 1 else max(1, REPEATED // repeated)
+    parts = [
+        sdpa_attention_forward(
+            module,
+            query[:, begin * group : (begin + step) * group],
+            key[:, begin : begin + step],
+            value[:, begin : begin + step],
+            mask if mask is None or mask.shape[1] == 1 else mask[:, begin * group : (begin + step) * group],
+            scaling=scaling,
+            **kwargs,
+        )[0]
+        for begin in range(0, kv_heads, step)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def decode_attention(

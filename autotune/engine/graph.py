@@ -12,6 +12,7 @@ still fed eagerly, into the same cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -124,6 +125,12 @@ class Recordings:
         self.drop("draft")
 
 
+@functools.cache
+def _recording_stream(device: str) -> torch.cuda.Stream:
+    """One for all steps: cuBLAS keeps a workspace of 32 MiB for every stream that it was used on."""
+    return torch.cuda.Stream(device)
+
+
 @dataclass(frozen=True)
 class _Step:
     tokens: torch.Tensor  # ids [n]
@@ -199,7 +206,7 @@ class StepRunner(Runner):
         """Run the step where it will run again, so that whatever is made on first use exists before the recording."""
         from torch._dynamo.exc import TorchDynamoException
 
-        stream = torch.cuda.Stream()
+        stream = _recording_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream), torch._dynamo.config.patch(recompile_limit=64):
@@ -213,7 +220,8 @@ class StepRunner(Runner):
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads may use the device meanwhile, to measure it
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            stream = _recording_stream(self.device)
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 logits = run()
         except RuntimeError as error:
             raise CaptureFailed(f"the step could not be recorded: {str(error).strip().splitlines()[0]}") from error

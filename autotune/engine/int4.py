@@ -3,10 +3,10 @@
 """A product of a few tokens with 4-bit weights, whose time is that of reading the weights once.
 
 A weight is (16 + code) * scale + zero, rounded once to bfloat16, with a scale and a zero for INT4_GROUP weights along
-the input; or, where somebody else chose the codes, exactly (16 + code + zero) * scale, with a whole zero. 16 + code is a bfloat16 number whose mantissa holds the code's bits: a shift and a mask make two of them, a
-multiply-add two weights. Nothing has to move between threads for that, since the weights are packed to suit: a 16-bit
-word holds the codes of one output at four inputs that lie PLANE apart, and so each of its four planes goes into a
-tensor core's product of its own.
+the input; or, where somebody else chose the codes, exactly (16 + code + zero) * scale, with a whole zero. 16 + code is
+a bfloat16 number whose mantissa holds the code's bits: a shift and a mask make two of them, a multiply-add two weights.
+Nothing has to move between threads for that, since the weights are packed to suit: a 16-bit word holds the codes of one
+output at four inputs that lie PLANE apart, and so each of its four planes goes into a tensor core's product of its own.
 
 Where a layer has too few outputs to fill the GPU, its inputs are shared out too: each program writes its part of the
 sum, and the last to arrive adds the parts in their order, so that the result does not depend on who that is.

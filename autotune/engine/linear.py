@@ -79,9 +79,9 @@ class Slice(nn.Module):
         return self.merged.take(self.index, states)
 
 
-def fits_int4(linear: nn.Linear) -> bool:
-    """Whether our own 4-bit kernel can multiply this layer on its device."""
-    return int4_multiplies(linear.weight.device, linear.weight.dtype, linear.out_features, linear.in_features)
+def fits_int4(linear: nn.Linear, device: str) -> bool:
+    """Whether our own 4-bit kernel can multiply this layer on the device."""
+    return int4_multiplies(torch.device(device), linear.weight.dtype, linear.out_features, linear.in_features)
 
 
 def int4_multiplies(device: torch.device, dtype: torch.dtype, out: int, inp: int) -> bool:
@@ -108,13 +108,13 @@ class Int4Linear(nn.Module):
     counters: torch.Tensor
     whole = False
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, device: str) -> None:
         from .int4 import counters, pack
 
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        quantized = map(_quantize_rows, linear.weight.detach().split(CHUNK))
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(device), requires_grad=False)
+        quantized = (_quantize_rows(rows.to(device)) for rows in linear.weight.detach().split(CHUNK))
         parts = [(pack(codes), scale_zero) for codes, scale_zero in quantized]
         self.register_buffer("packed", torch.cat([packed for packed, _ in parts], dim=1))
         self.register_buffer("scale_zero", torch.cat([scale_zero for _, scale_zero in parts], dim=1))

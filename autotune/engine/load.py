@@ -81,8 +81,9 @@ def load_model(
         if packing is not None and tensors.packs(name):
             _place_packed(model, (name,), tensors, packing, dtype, device)
         else:
-            _place(output, _name_of(model, embedding) if tied else name, tensors, dtype, device)
-            _replace(model, name, quantize_linear(output, HEAD_WEIGHTS.get(lm_head, lm_head), device))
+            word = HEAD_WEIGHTS.get(lm_head, lm_head)
+            _place(output, _name_of(model, embedding) if tied else name, tensors, dtype, _source(word, device))
+            _replace(model, name, quantize_linear(output, word, device))
         _trim(device)
     for name, module in modules:
         if module is output:
@@ -117,19 +118,28 @@ def load_model(
 _MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4", "checkpoint")
 
 
+def _source(word: str, device: str) -> str:
+    """Where a large layer's weight is quantized from: what takes some rows at a time never has it whole on a GPU."""
+    return "cpu" if word == "quanto-int4" else device
+
+
 def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
-    """The same layer with its weight stored as `word` says; consumes `linear`, whose weight is on `device`."""
+    """The same layer with its weight stored as `word` says; consumes `linear`, whose weight is on `device`.
+
+    For quanto-int4 it may be in host memory.
+    """
     if word in ("bf16", "fp32", "checkpoint"):  # a layer that a quantized checkpoint left as it was
         return linear
     assert isinstance(linear, nn.Linear)
     if word.startswith("bnb"):
         return _bitsandbytes_linear(linear, word, device)
-    if word == "quanto-int4" and fits_int4(linear):
-        packed = Int4Linear(linear)
+    if word == "quanto-int4" and fits_int4(linear, device):
+        packed = Int4Linear(linear, device)
         linear.weight = None  # type: ignore[assignment] # who still holds the layer must not hold its weight
         return packed
     from optimum.quanto import QLinear, qint4, qint8
 
+    linear.to(device)
     quantized = QLinear.from_module(linear, weights=qint8 if word == "quanto-int8" else qint4)
     linear.weight = None  # type: ignore[assignment] # frees the original before the packed copy is optimized
     quantized.freeze()
@@ -141,7 +151,7 @@ def _merge(model: nn.Module, names: tuple[str, ...], weights: str, device: str) 
     """Put one product in the place of several layers, whose weights are in host memory."""
     layers = [model.get_submodule(name) for name in names]
     linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    whole = quantize_linear(concatenated(linears, device), weights, device)
+    whole = quantize_linear(concatenated(linears, _source(weights, device)), weights, device)
     for linear in linears:
         linear.weight = None  # type: ignore[assignment]
     merged = Merged(whole, [linear.out_features for linear in linears])
