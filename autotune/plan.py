@@ -60,6 +60,7 @@ MERGED = (
 DEQUANTIZED_FROM = {"bnb-nf4": 8, "bnb-fp4": 8, "nf4": 8, "quanto-int8": 1, "int8": 1, "int4": 1, "quanto-int4": 128}
 MULTIPLIED_ON = {"int8": "cpu", "int4": "cuda"}  # an lm_head that is multiplied as it is stored there
 LOAD_COPIES = {"bnb-int8": 2}  # half-precision copies of the matrix being quantized that outweigh a prefill's workspace
+QUANTIZING_BYTES = 14  # quanto-int4 on a GPU, UNPACKED weights at a time: three float32 copies and the codes
 WORKSPACE = {"cuda": 32 * MIB, "cpu": 0}  # cuBLAS keeps one per process (Hopper's; older GPUs take 8 MiB)
 KERNELS = {"cuda": 80 * MIB, "cpu": 0}  # code that CUDA loads as it is first used, after the base was read
 INT8_KERNELS = 60 * MIB  # and that of bnb-int8
@@ -618,6 +619,8 @@ def _activations(
     logits.
     """
     load = LOAD_COPIES.get(c.weights, 0) * target.largest_linear * 2
+    if (c.weights, kind) == ("quanto-int4", "cuda"):
+        load = target.largest_linear * 2 + QUANTIZING_BYTES * min(UNPACKED, target.largest_linear)
     reads = c.attention != "split_kv"  # which takes the cache as it is stored, but for prompts, which sdpa feeds
     decode = _pass_bytes(target, c, c.depth + 1, tokens, reads, c.depth + 1, kind)
     drafts = 0

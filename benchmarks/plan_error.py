@@ -107,7 +107,7 @@ def measure(
 def replayed(rows: list[dict[str, Any]], draft: Path | None) -> Iterator[Record]:
     """The records of an earlier output; the draft model's folder is the one that is here."""
     for row in rows:
-        c = Configuration(**{field.name: row[field.name] for field in dataclasses.fields(Configuration)})
+        c = Configuration(**{f.name: row[f.name] for f in dataclasses.fields(Configuration) if f.name in row})
         c = c.replace(draft=str(draft)) if draft and c.has_draft_model else c
         figures = {"peak_bytes": row["measured"], "base_bytes": row.get("base_bytes"), "memory": row["memory"]}
         yield Record(c, row["context"], "ok", **figures)

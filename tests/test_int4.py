@@ -92,7 +92,6 @@ def test_four_bit_codes_are_within_half_a_step_of_the_weight() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_gives_few_tokens_and_many_the_same_product(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
     monkeypatch.setattr(linear_module, "UNPACKED", 16 * 256)  # several parts, the last one smaller
-    monkeypatch.setattr(linear_module, "CHUNK", 16)
     torch.manual_seed(0)
     layer = torch.nn.Linear(256, 40, bias=bias).bfloat16().to(DEVICE)
     packed = Int4Linear(layer, DEVICE)

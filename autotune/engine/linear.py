@@ -16,9 +16,8 @@ from torch import nn
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 INT4_GROUP = 128  # weights along the input that share a scale, as quanto has it
-CHUNK = 4096  # output features that are quantized at a time
 MANY = 128  # tokens from which unpacking the weights is worth its time
-UNPACKED = 2**24  # weights that are unpacked at a time
+UNPACKED = 2**24  # weights that are quantized, or unpacked, at a time
 
 
 def siblings(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -114,7 +113,8 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(device), requires_grad=False)
-        quantized = (_quantize_rows(rows.to(device)) for rows in linear.weight.detach().split(CHUNK))
+        step = max(1, UNPACKED // self.in_features)
+        quantized = (_quantize_rows(rows.to(device)) for rows in linear.weight.detach().split(step))
         parts = [(pack(codes), scale_zero) for codes, scale_zero in quantized]
         self.register_buffer("packed", torch.cat([packed for packed, _ in parts], dim=1))
         self.register_buffer("scale_zero", torch.cat([scale_zero for _, scale_zero in parts], dim=1))
@@ -134,7 +134,8 @@ class Int4Linear(nn.Module):
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = codes.shape
         layer.bias = bias
-        layer.register_buffer("packed", torch.cat([pack(rows) for rows in codes.split(CHUNK)], dim=1))
+        step = max(1, UNPACKED // layer.in_features)
+        layer.register_buffer("packed", torch.cat([pack(rows) for rows in codes.split(step)], dim=1))
         layer.whole = True
         layer.register_buffer("scale_zero", torch.stack([scale.bfloat16(), -16 - zero.bfloat16()], dim=2))
         layer.register_buffer("counters", counters(layer.out_features, codes.device), persistent=False)
