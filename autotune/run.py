@@ -73,7 +73,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             search.run()
             watch.note(_coverage(search))
             chosen, baselines = _finalists(search, candidates, request.reloads)
-            _finals(search, trials, chosen, baselines, watch)
+            _finals(search, trials, chosen, baselines, watch, request.started + request.timeout_s)
             chosen |= _boundaries(request, search, trials, info, chosen, baselines, watch)
         except KeyboardInterrupt:
             watch.note("stopped: finishing with what was measured")
@@ -540,12 +540,20 @@ def _finals(
     chosen: dict[int, Configuration],
     baselines: dict[int, Configuration],
     watch: Watch,
+    until: float,
 ) -> None:
-    """Chosen, baseline, chosen, baseline: each turn in a fresh worker. One of them, where both are the same."""
+    """Chosen, baseline, chosen, baseline: each turn in a fresh worker. One of them, where both are the same.
+
+    Where what is left of the time `until` is less than the turns before took, there is no other.
+    """
     sides = {"chosen": chosen, "baseline": baselines}
     if chosen == baselines:
         del sides["chosen"]
+    began = search.now()
     for turn in range(FINAL_ROUNDS):
+        if turn and search.now() + (search.now() - began) / turn > until:
+            watch.note(f"no time to measure the chosen again more than {turn} of {FINAL_ROUNDS} times: raise --timeout")
+            return
         for name, side in sides.items():
             trials.close()
             for context in sorted(side, key=lambda c: (str(side[c].load_group), c)):

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -571,3 +572,19 @@ def test_the_run_says_how_much_of_the_space_it_measured_and_what_was_ruled_out(t
     search.known[record.configuration, 64] = record
     measured = "measured 1 of 8 (configuration, context) pairs of the space"
     assert run._coverage(search) == f"{measured}; 2 more cannot fit or cannot differ"
+
+
+@pytest.mark.parametrize(("until", "turns"), [(39.0, 1), (40.0, 2)])
+def test_finals_end_where_another_turn_would_take_more_than_the_time(until: float, turns: int) -> None:
+    clock = SimpleNamespace(s=0.0)
+
+    def measure(configuration: Configuration, context: int, stage: str) -> Record:
+        clock.s += 10
+        return synthetic_record(configuration, context, stage=stage)
+
+    search = Mock(now=lambda: clock.s, measure=Mock(side_effect=measure))
+    watch = Mock()
+    sides = {64: Configuration(cache="static")}, {64: Configuration()}
+    run._finals(search, Mock(), *sides, watch, until)
+    assert [call.args[0].cache for call in search.measure.call_args_list] == ["static", "dynamic"] * turns
+    assert watch.note.called == (turns == 1)
