@@ -64,7 +64,7 @@ FAULTS = (
     Fault("200 MB beside the allocator", "over_budget", "over the budget", {"do": "keep", "bytes": HELD}),
     Fault("a spike of 20 ms over the budget", "over_budget", "over the budget", {"do": "spike", "bytes": HELD}),
     Fault("processors, or a GPU, busy with something else", "unstable", "busy with something else"),
-    Fault("a clock that drops by a third halfway", "unstable", "clock", {"do": "lower the clock", "after": 5}),
+    Fault("a clock that drops by a third halfway", "unstable", "clock", {"do": "lower the clock", "after": 3}),
 )
 
 

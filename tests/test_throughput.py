@@ -172,6 +172,9 @@ def test_what_nothing_was_proposed_for_has_no_acceptance() -> None:
         ([90, 90, 60, 60, 90], 1),  # a stall that passes
         ([90, 90, 90, 60], 1),  # one slow round at the end may be a stall
         ([60, 60, 90, 90], 1),  # faster: the first rounds warmed it up
+        ([90, 60, 61, 59], 60 / 90),  # after the first round
+        ([90, 60, 70, 50], 1),  # the later ones vary by as much as they fell
+        ([90, 60, 60], 1),
         ([90, 60], 1),
         ([90], 1),
     ],

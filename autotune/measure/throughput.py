@@ -86,15 +86,16 @@ def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def drift(samples: list[dict[str, Any]]) -> float:
-    """The later rounds' rate over the earlier ones', where every later round is slower than every earlier one; else 1.
+    """The later rounds' rate over the earlier ones', where it fell at once, by more than either side varies; else 1.
 
-    At least two rounds on either side, and less than DRIFT: a clock that falls halfway, not a stall or noise.
+    Of four rounds or more, at least two afterwards, and less than DRIFT: a lowered clock, not a stall or noise.
     """
     rates = per_round(samples, "tokens_per_s")
     ratios = [1.0]
-    for at in range(2, len(rates) - 1):
+    for at in range(1, len(rates) - 1 if len(rates) > 3 else 0):
         earlier, later = rates[:at], rates[at:]
-        if max(later) < min(earlier):
+        varied = max(max(side) - min(side) for side in (earlier, later))
+        if min(earlier) - max(later) > varied:
             ratios.append(statistics.median(later) / statistics.median(earlier))
     return min(ratio if ratio < DRIFT else 1.0 for ratio in ratios)
 
