@@ -538,9 +538,9 @@ def test_inputs_are_cut_for_every_length_that_a_boundary_may_have(contexts: set[
 def test_the_chosen_and_the_baseline_are_measured_in_turns_and_a_baseline_that_was_chosen_once_a_turn(
     chosen: str, turns: list[str]
 ) -> None:
-    search, trials, watch = Mock(), Mock(), Mock()
+    search, trials, watch = Mock(now=lambda: 0.0), Mock(), Mock()
     baselines = {512: Configuration(cache="dynamic")}
-    run._finals(search, trials, {512: Configuration(cache=chosen)}, baselines, watch)
+    run._finals(search, trials, {512: Configuration(cache=chosen)}, baselines, watch, 1.0)
     measured = [call.args for call in search.measure.call_args_list]
     assert [(configuration.cache, context, stage) for configuration, context, stage in measured] == [
         (cache, 512, "final") for cache in turns
