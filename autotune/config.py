@@ -46,6 +46,7 @@ LAUNCHES = ("eager", "graph", "compile")
 SPECULATIONS = ("constant", "adaptive")
 
 MIB = 2**20
+ALLOCATOR = "expandable_segments:True"  # PyTorch's, of whoever measures and whoever deploys
 TASK_QUESTIONS = 32  # of a task, the first so many are asked
 
 

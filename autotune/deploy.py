@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
-from .config import MIB, LoadGroup, mib
+from .config import ALLOCATOR, MIB, LoadGroup, mib
 from .engine.decode import Engine, Generation, Sampling
 from .measure.memory import Meter, out_of_memory
 from .policy import ModelInfo, Policy, PolicyError, Rule, read_policy
@@ -334,8 +334,8 @@ def deploy(policy: str | Path | Policy, device: str | None = None) -> LLM:
         raise PolicyError(f"the policy's model folder {loaded.model.path} does not exist: edit model.path")
     for model in [loaded.model, *loaded.drafts]:
         _check_files(model)
-    if not torch.cuda.is_initialized():  # as the policy was measured: see trial.WorkerProcess
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if not torch.cuda.is_initialized():
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)
     return LLM(loaded, device)
 
 

@@ -40,11 +40,11 @@ CACHE_SPARE = 32  # slots more where steps are recorded, which may be longer tha
 
 HIDDEN_COPIES = 4  # the embeddings, the layer's input, the residual and the normalized input are alive together
 ROTARY = 2  # cosines and sines of every position
-REPEATED = 32 * MIB  # keys and values that split_kv repeats for a prompt's heads at a time
+REPEATED = 32 * MIB  # keys and values that split_kv repeats at a time, for the heads of a prompt that share them
 MASK_BYTES = 1  # the boolean mask; the kernel adds a copy of it in the activations' type
 SCORE_BYTES = 4  # eager softmax works in float32, between scores and probabilities in the activations' type
 LOGIT_BYTES = 4  # logits are cast to float32 for the choice of a token
-UNPACKED = 2**24
+UNPACKED = 2**24  # weights that quanto-int4 quantizes, or unpacks, at a time on a GPU
 # bnb-int8 makes a product in int32; on a CPU, scaling it takes float32 copies beside that.
 INT8_PRODUCT_BYTES = {"cuda": 4, "cpu": 16}
 MERGED = (

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import MIB, Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib
+from .config import ALLOCATOR, MIB, Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib
 
 STARTUP_S = 300.0
 LOAD_S = 900.0
@@ -115,7 +115,7 @@ class WorkerProcess:
         environment = {
             **os.environ,
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+            "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR),
             "BITSANDBYTES_NOWELCOME": "1",
         }
         with log.open("ab") as sink:

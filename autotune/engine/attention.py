@@ -24,13 +24,12 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..config import MIB
+from ..plan import REPEATED
 from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers
 from .load import Unsupported
 
 WORD = "split_kv"
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-REPEATED = 32 * MIB  # of keys and values that a prompt's attention repeats for the heads that share them, at a time
 FULL, FLOAT8 = 0, 16  # the kernel's words for a layer's storage; the others are bits per stored value
 
 

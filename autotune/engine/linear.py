@@ -14,10 +14,11 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
+from ..plan import UNPACKED
+
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 INT4_GROUP = 128  # weights along the input that share a scale, as quanto has it
 MANY = 128  # tokens from which unpacking the weights is worth its time
-UNPACKED = 2**24  # weights that are quantized, or unpacked, at a time
 
 
 def siblings(model: nn.Module) -> dict[str, tuple[str, ...]]:
