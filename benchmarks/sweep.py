@@ -299,6 +299,9 @@ def _shard(text: str) -> tuple[int, int]:
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path, exists=True), help="a model folder; else the bundled pair")
 @click.option("--draft", "drafts", type=click.Path(path_type=Path, exists=True), multiple=True, help="may be repeated")
+@click.option(
+    "--text", type=click.Path(path_type=Path, exists=True), help="what is read and predicted; else the bundled"
+)
 @click.option("--space", "space_name", default="default", show_default=True, help="a search space or a TOML file")
 @click.option("--contexts", default="512,2k,4k", show_default=True)
 @click.option("--new-tokens", default=128, show_default=True)
@@ -314,6 +317,7 @@ def _shard(text: str) -> tuple[int, int]:
 def main(
     model: Path | None,
     drafts: tuple[Path, ...],
+    text: Path | None,
     space_name: str,
     contexts: str,
     new_tokens: int,
@@ -341,7 +345,11 @@ def main(
         return
     number = _shard(shard) if shard else None
     model, drafts = (model, drafts) if model else (TARGET, (DRAFT,))
-    workload = Workload(tuple(parse_tokens(word) for word in contexts.split(",")), new_tokens=new_tokens)
+    workload = Workload(
+        tuple(parse_tokens(word) for word in contexts.split(",")),
+        new_tokens=new_tokens,
+        text=str(text) if text else None,
+    )
     with tempfile.TemporaryDirectory() as folder:
         try:
             request = run.Request(
@@ -361,7 +369,9 @@ def main(
                 "note": note,
                 "model": run.fingerprint(model)["weights_sha256"],
                 "drafts": [run.fingerprint(draft)["weights_sha256"] for draft in drafts],
-                "workload": json.loads(json.dumps(dataclasses.asdict(workload))),
+                "workload": json.loads(
+                    json.dumps({**dataclasses.asdict(workload), "text": text.name if text else None})
+                ),
                 "device": request.budget.device,
                 "space_name": Path(space_name).stem,
                 "sample": sample,
