@@ -141,6 +141,21 @@ class Unrestricted(_Model):
     stage: str
 
 
+class Tie(_Model):
+    """A configuration that was within error of the fastest here, as the rule's own settings were.
+
+    `gain` is how many times as fast as the rule's settings it was, with a 95 % interval where there is one; `stage` is
+    `final` where it was measured again beside them.
+    """
+
+    load: Load
+    settings: Settings
+    tokens_per_s: float = Field(gt=0)
+    gain: float = Field(gt=0)
+    gain_interval: tuple[float, float] | None = None
+    stage: str = ""
+
+
 class Evidence(_Model):
     """What `expected` rests on: so many measurements with prompts and new tokens of these lengths.
 
@@ -158,6 +173,7 @@ class Rule(_Model):
     """Prompts of up to `max_context_tokens` tokens (and longer than the rule before).
 
     Where rules need different loads, `load` is this rule's if it is not the policy's, and `reload_s` is what it takes.
+    `tie` says that the baseline is within error of these settings, `ties` what else is within error of the fastest.
     """
 
     max_context_tokens: int = Field(gt=0)
@@ -171,6 +187,7 @@ class Rule(_Model):
     load: Load | None = None
     reload_s: float | None = None
     unrestricted: Unrestricted | None = None
+    ties: list[Tie] = Field(default_factory=list)
 
 
 class Baseline(_Model):
