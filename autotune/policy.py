@@ -148,8 +148,8 @@ class Unrestricted(_Model):
 class Tie(_Model):
     """A configuration that was within error of the fastest here, as the rule's own settings were.
 
-    `gain` is how many times as fast as the rule's settings it was, with a 95 % interval where there is one; `stage` is
-    `final` where it was measured again beside them.
+    `gain` is how many times as fast as the rule's settings it was, with its 95 % interval. `stage` is `final` where it
+    was measured again like them; else it is the search's, in which both were alike.
     """
 
     load: Load
@@ -157,7 +157,7 @@ class Tie(_Model):
     tokens_per_s: float = Field(gt=0)
     gain: float = Field(gt=0)
     gain_interval: tuple[float, float] | None = None
-    stage: str = ""
+    stage: str
 
 
 class Evidence(_Model):
@@ -506,7 +506,13 @@ def make_policy(
     for context in sorted(chosen):
         group, ours = finalists[context].load_group, chosen[context]
         ties = tied(records, group, context, workload.objective, beside=ours)
-        rule = _rule(records, ours, baselines.get(context), ties, context, workload)
+        rule = _rule(records, ours, baselines.get(context), context, workload)
+        rule.ties = _ties(records, ours, ties, context, workload.objective)
+        for tie in rule.ties:
+            knobs = to_configuration(tie.load, tie.settings).differs_from(ours)
+            rule.note += (
+                f"; a tie with {knobs} ({tie.gain:.2f} times as fast{', in the search' * (tie.stage != 'final')})"
+            )
         rule.note += _boundary_note(records, chosen, context, workload)
         rule.load = None if load_of(chosen[context]) == default else load_of(chosen[context])
         rules.append(rule)
@@ -614,7 +620,6 @@ def _rule(
     records: list[Record],
     configuration: Configuration,
     baseline: Configuration | None,
-    tied: list[Configuration],
     context: int,
     workload: Workload,
 ) -> Rule:
@@ -637,12 +642,6 @@ def _rule(
         other = to_configuration(unrestricted.load, unrestricted.settings)
         note += f"; alone, {other.differs_from(configuration)} would be {unrestricted.gain:.2f} times as fast, "
         note += "by the search's records, which were not measured again"
-    ties = [
-        _tie(records, other, configuration, context, workload.objective) for other in tied if other != configuration
-    ]
-    for tie in ties:
-        knobs = to_configuration(tie.load, tie.settings).differs_from(configuration)
-        note += f"; a tie with {knobs} ({tie.gain:.2f} times as fast)"
     compared = baseline is not None and math.isfinite(high)
     return Rule(
         max_context_tokens=context,
@@ -660,23 +659,34 @@ def _rule(
             new_tokens=workload.new_tokens,
         ),
         unrestricted=unrestricted,
-        ties=ties,
     )
 
 
-def _tie(
-    records: list[Record], other: Configuration, configuration: Configuration, context: int, objective: Objective
-) -> Tie:
-    gain, low, high = _compare(records, other, configuration, context, objective)
-    evidence = _evidence(records, other, context)
-    return Tie(
-        load=load_of(other),
-        settings=settings_of(other),
-        tokens_per_s=expected_of(evidence).tokens_per_s,
-        gain=gain,
-        gain_interval=(low, high) if math.isfinite(high) else None,
-        stage=evidence[0].stage,
-    )
+def _ties(
+    records: list[Record], ours: Configuration, finals: list[Configuration], context: int, objective: Objective
+) -> list[Tie]:
+    """What tied with ours in the finals, then what was not measured again and looked alike in the search."""
+    looks = [r for r in records if r.stage in ("search", "baseline") and r.context_tokens == context and r.tokens_per_s]
+    again = {r.configuration for r in records if r.stage == "final" and r.context_tokens == context}
+    alike = []
+    if ours in again and ours in {look.configuration for look in looks}:
+        others = [c for c in rivals(looks, ours, context, objective) if c not in again]
+        compared = {c: _compare(looks, c, ours, context, objective) for c in others}
+        alike = [c for c in others if compared[c][0] >= NEAR and _within(compared[c])]
+    found = []
+    for other, basis in [*((c, records) for c in finals if c != ours), *((c, looks) for c in alike)]:
+        gain, low, high = _compare(basis, other, ours, context, objective)
+        evidence = _evidence(basis, other, context)
+        tie = Tie(
+            load=load_of(other),
+            settings=settings_of(other),
+            tokens_per_s=expected_of(evidence).tokens_per_s,
+            gain=gain,
+            gain_interval=(low, high) if math.isfinite(high) else None,
+            stage=evidence[0].stage,
+        )
+        found.append(tie)
+    return found
 
 
 def _unrestricted(

@@ -27,7 +27,7 @@ from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
 COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
-FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn does not take more
+FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with a rival each does not take more
 RIVALS = 3  # per context, the most that are measured again beside the chosen
 _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
 _TRIAL_S = 600.0  # the longest that one measurement may take
@@ -75,8 +75,9 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             search.run()
             watch.note(_coverage(search))
             chosen, baselines = _finalists(search, candidates, request.reloads)
-            until = min(request.started + request.timeout_s, search.now() + FINAL_SHARE * request.timeout_s)
-            _finals(search, trials, chosen, baselines, watch, until)
+            end = request.started + request.timeout_s
+            until = min(end, search.now() + FINAL_SHARE * request.timeout_s)
+            _finals(search, trials, chosen, baselines, watch, until, end)
             chosen |= _boundaries(request, search, trials, info, chosen, baselines, watch)
         except KeyboardInterrupt:
             watch.note("stopped: finishing with what was measured")
@@ -476,8 +477,8 @@ def _reserve(search: Search, request: Request, reference_s: float) -> float:
     chosen = choose(list(search.known.values()), search.workload, request.reloads)
     loads = 1 + max(1, len({configuration.load_group for configuration in chosen.values()}))
     turn = _CARE_OVER_LOOK * (stock + ours) + loads * load
-    turns = FINAL_ROUNDS * (turn + RIVALS * _CARE_OVER_LOOK * ours)
-    finals = max(turn, min(turns, FINAL_SHARE * request.timeout_s))
+    rival = _CARE_OVER_LOOK * ours
+    finals = max(turn + rival, min(FINAL_ROUNDS * (turn + RIVALS * rival), FINAL_SHARE * request.timeout_s))
     finals += lacking * (1 + FINAL_ROUNDS) * longest + bool(lacking) * load
     looks = [
         _seconds(search, [(chosen[low], high), (chosen[high], high), (chosen[low], high)], load=True)
@@ -547,12 +548,13 @@ def _finals(
     baselines: dict[int, Configuration],
     watch: Watch,
     until: float,
+    end: float,
 ) -> None:
     """Chosen, baseline, chosen, baseline: each turn in a fresh worker. One of them, where both are the same.
 
-    Right after the chosen of a context come its rivals, in the same worker, as many as each turn's part of the time has
-    room for: what the search found as fast, in the next turn what still is. Where what is left of the time `until` is
-    less than the turns before took, there is no other.
+    Right after the chosen of a context come its rivals, in the same worker: what the search found as fast, in the next
+    turn what still is. Where what is left of the time `until` is less than the turns before took, there is no other.
+    One turn there is always, with a rival for each context where it has room before the `end` of the run.
     """
     chosen = {context: configuration.at(context) for context, configuration in chosen.items()}
     sides = {"chosen": chosen, "baseline": baselines}
@@ -568,7 +570,7 @@ def _finals(
         finals.append(record)
         return record
 
-    others = _rivals(search, chosen, baselines, until)
+    others = _rivals(search, chosen, baselines, until, end)
     for turn in range(FINAL_ROUNDS):
         if turn and search.now() + (search.now() - began) / turn > until:
             watch.note(f"no time to measure the chosen again more than {turn} of {FINAL_ROUNDS} times: raise --timeout")
@@ -590,19 +592,23 @@ def _finals(
 
 
 def _rivals(
-    search: Search, chosen: dict[int, Configuration], baselines: dict[int, Configuration], until: float
+    search: Search,
+    chosen: dict[int, Configuration],
+    baselines: dict[int, Configuration],
+    until: float,
+    end: float,
 ) -> dict[int, list[Configuration]]:
     """What is measured again beside the chosen, per context.
 
-    What the search found as fast and simpler things that it never measured, in turns: one for each context where the
-    first turn has the time, more where all turns have it.
+    What the search found as fast and simpler things that it never measured, in turns: one for each context where there
+    is time for one turn before the `end`, more where there is for all turns within `until`.
     """
     offers = {}
     for context, leader in chosen.items():
         known = rivals(list(search.known.values()), leader, context, search.workload.objective)
         mixed = zip_longest(known, _simpler(search, leader, context))
         offers[context] = [c for pair in mixed for c in pair if c not in (None, baselines.get(context))]
-    left, spent = until - search.now(), 0.0
+    room, spent = [end - search.now(), *[(until - search.now()) / FINAL_ROUNDS] * (RIVALS - 1)], 0.0
     sides = [chosen, baselines] if chosen != baselines else [chosen]
     turn = sum(_seconds(search, [(c, context) for context, c in side.items()], load=True) for side in sides)
     found: dict[int, list[Configuration]] = {context: [] for context in chosen}
@@ -611,7 +617,7 @@ def _rivals(
             if rank < len(offer):
                 looks = 1 + (_known(search, offer[rank], context) is None)
                 seconds = looks * _seconds(search, [(chosen[context], context)])
-                if spent + seconds <= (left / FINAL_ROUNDS if rank else left) - turn:
+                if turn + spent + seconds <= room[rank]:
                     found[context].append(offer[rank])
                     spent += seconds
     return found

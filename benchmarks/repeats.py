@@ -36,6 +36,8 @@ COMMAND = [sys.executable, "-m", "autotune.cli", "run"]
 QUICK = "--budget 6.5GB --space quick --contexts 512,2k --timeout 150s --device cpu"
 BAR = 0.9  # share of the repeats that have to agree
 
+Answers = list[tuple[Rule, Configuration, set[Configuration]]]
+
 
 def places(jobs: int, cores: int) -> list[set[int]]:
     """Processors for each job, none in two; nothing where this process may not use so many."""
@@ -90,26 +92,33 @@ def repeats(folder: Path, count: int, jobs: int, pinned: list[set[int]], argumen
     return [took[number] for number in sorted(took)]
 
 
-def _answer(policy: Policy | None, context: int) -> tuple[Rule, Configuration, set[Configuration]] | None:
-    """The rule, what it chooses and what it declares to be a tie; None where the policy does not reach so far."""
+def _answer(
+    policy: Policy | None, context: int, finals: bool = False
+) -> tuple[Rule, Configuration, set[Configuration]] | None:
+    """The rule, what it chooses and what it declares to be a tie; None where the policy does not reach so far.
+
+    With `finals`, only the ties of what was measured again.
+    """
     try:
         rule = policy.rule_for(context) if policy is not None else None
     except PolicyError:
         return None
     if policy is None or rule is None:
         return None
-    ties = {to_configuration(tie.load, tie.settings).at(context) for tie in rule.ties}
-    return rule, policy.configuration(rule).at(context), ties
+    ties = [tie for tie in rule.ties if tie.stage == "final" or not finals]
+    alike = {to_configuration(tie.load, tie.settings).at(context) for tie in ties}
+    return rule, policy.configuration(rule).at(context), alike
 
 
 def judge(policies: list[Policy | None], context: int) -> dict[str, Any]:
     """What the repeats' answers at a context have in common."""
     answers = [answer for policy in policies if (answer := _answer(policy, context)) is not None]
+    strict = [answer for policy in policies if (answer := _answer(policy, context, finals=True)) is not None]
     counts = Counter(choice for _, choice, _ in answers)
     if not counts:
         return {"context": context, "repeats": len(policies), "same": 0, "agree": 0, "choices": {}}
 
-    def agreement(most: Configuration) -> dict[str, int]:
+    def agreement(most: Configuration, answers: Answers) -> dict[str, int]:
         named = {tie for _, choice, ties in answers if choice == most for tie in ties}
         others = [(choice, ties) for _, choice, ties in answers if choice != most]
         return {
@@ -119,12 +128,13 @@ def judge(policies: list[Policy | None], context: int) -> dict[str, Any]:
             "agree": len(answers) - sum(most not in ties and choice not in named for choice, ties in others),
         }
 
-    most = max(counts, key=lambda choice: (counts[choice], agreement(choice)["agree"]))
+    most = max(counts, key=lambda choice: (counts[choice], agreement(choice, answers)["agree"]))
     return {
         "context": context,
         "repeats": len(policies),
         "choice": _text(most),
-        **agreement(most),
+        **agreement(most, answers),
+        "agree_by_finals": agreement(most, strict)["agree"],
         "choices": {_text(choice): count for choice, count in counts.most_common()},
         "tokens_per_s": spread(rule.expected.tokens_per_s for rule, _, _ in answers),
         "times_baseline": spread(rule.speedup for rule, _, _ in answers if rule.speedup is not None),
@@ -163,7 +173,8 @@ def _show(row: dict[str, Any]) -> None:
     if row["choices"]:
         click.echo(
             f"       the most frequent one is declared a tie by {row['declare_it']} others, "
-            f"and declares {row['declared_by_it']} of them"
+            f"and declares {row['declared_by_it']} of them\n"
+            f"       by finals alone {row['agree_by_finals']} are the same or a declared tie"
         )
         _show_spread("tokens/s", row["tokens_per_s"])
         _show_spread("times baseline", row["times_baseline"])

@@ -969,6 +969,22 @@ def test_what_failed_once_or_was_measured_by_the_search_only_or_ran_one_round_is
     assert tied(looked, FAST.load_group, 512, "end-to-end") == []
 
 
+def test_what_looked_alike_in_the_search_and_was_not_measured_again_is_a_tie_by_the_search() -> None:
+    rates = {FAST: 200.0, DEEP: 202.0, PLAIN: 197.0, FAST.replace(depth=2): 190.0, OTHER: 200.0}
+    looks = [synthetic_record(c, 512, around(rate)) for c, rate in rates.items()]
+    looks += [synthetic_record(FAST.replace(depth=3), 512, (199.0,))]  # a single round has no error
+    records = [*looks, *finals({FAST: 100.0, PLAIN: 90.0})]
+    policy = policy_of(records, {512: FAST}, {})
+    assert (chosen_at(policy, 512), tied_with(policy)) == (FAST, [DEEP])
+    assert policy is not None
+    (tie,) = policy.rules[0].ties
+    assert (tie.stage, tie.gain, tie.tokens_per_s) == ("search", pytest.approx(1.01), pytest.approx(202))
+    assert "a tie with depth=6 (1.01 times as fast, in the search)" in policy.rules[0].note
+    failed = Record(DEEP, 512, "out_of_memory", stage="final")
+    assert tied_with(policy_of([*records, failed], {512: FAST}, {})) == []
+    assert tied_with(policy_of(looks, {512: FAST}, {})) == []  # nothing was measured again
+
+
 def test_two_noisy_runs_of_near_ties_recommend_the_same_or_a_tie_that_one_of_them_declares() -> None:
     chance = random.Random(0)
     agreed = 0

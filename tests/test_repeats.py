@@ -15,7 +15,14 @@ from autotune.policy import Policy, write_policy
 from benchmarks import repeats
 
 
-def chose(cache: str, chunk: int = 0, ties: tuple[str, ...] = (), rate: float = 1.0, times: float = 2.0) -> Policy:
+def chose(
+    cache: str,
+    chunk: int = 0,
+    ties: tuple[str, ...] = (),
+    rate: float = 1.0,
+    times: float = 2.0,
+    stage: str = "final",
+) -> Policy:
     """A policy that chooses one cache at 64 tokens, and declares others to be ties."""
     data = policy().model_dump(mode="json")
     rule = data["rules"][0]
@@ -23,6 +30,7 @@ def chose(cache: str, chunk: int = 0, ties: tuple[str, ...] = (), rate: float = 
     rule["expected"]["tokens_per_s"], rule["speedup"] = rate, times
     rule["ties"] = [
         {"load": data["load"], "settings": rule["settings"] | {"cache": tie}, "tokens_per_s": 1.0, "gain": 1.0}
+        | {"stage": stage}
         for tie in ties
     ]
     return Policy.model_validate(data)
@@ -45,6 +53,13 @@ def test_what_agrees_with_neither_and_what_made_no_policy_are_counted_against_it
     assert repeats.judge([None, None], 64)["agree"] == 0
     beyond = repeats.judge([chose("static")], 4096)  # its longest rule ends at 256
     assert (beyond["repeats"], beyond["agree"]) == (1, 0)
+
+
+def test_ties_by_the_search_alone_count_but_are_counted_apart() -> None:
+    row = repeats.judge([chose("static"), chose("static"), chose("dynamic", ties=("static",), stage="search")], 64)
+    assert (row["agree"], row["agree_by_finals"]) == (3, 2)
+    row = repeats.judge([chose("static"), chose("static"), chose("dynamic", ties=("static",))], 64)
+    assert (row["agree"], row["agree_by_finals"]) == (3, 3)
 
 
 def test_chunks_that_the_prompt_fits_are_no_other_choice() -> None:

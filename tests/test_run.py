@@ -578,6 +578,7 @@ class Finals:
         folder: Path,
         until: float,
         *,
+        end: float = 0.0,
         contexts: tuple[int, ...] = (512,),
         again: dict[Configuration, float] | None = None,
         chosen: Configuration = LEADER,
@@ -607,7 +608,7 @@ class Finals:
         self.calls.clear()
         self.now = 0.0
         sides = dict.fromkeys(contexts, chosen), dict.fromkeys(contexts, STOCK)
-        run._finals(self.search, self.trials, *sides, self.watch, until)  # type: ignore[arg-type] # a watch
+        run._finals(self.search, self.trials, *sides, self.watch, until, max(end, until))  # type: ignore[arg-type] # a watch
 
     @property
     def names(self) -> list[str]:
@@ -654,6 +655,12 @@ def test_a_turn_has_one_rival_where_it_has_the_time_and_more_where_all_turns_hav
     finals = Finals(tmp_path, until)
     assert finals.names == names
     assert bool(finals.watch.notes) == (names.count("leader") == 1)
+
+
+def test_one_rival_for_each_context_has_until_the_end_of_the_run(tmp_path: Path) -> None:
+    assert Finals(tmp_path, 10.0, end=41.9).names == ["leader", "stock"]
+    (tmp_path / "study.db").unlink()
+    assert Finals(tmp_path, 10.0, end=42.0).names == ["leader", "rival", "stock"]
 
 
 def test_each_context_has_its_first_rival_before_any_has_a_second(tmp_path: Path) -> None:
