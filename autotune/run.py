@@ -484,6 +484,7 @@ def _reserve(search: Search, request: Request, reference_s: float) -> float:
         _seconds(search, [(chosen[low], high), (chosen[high], high), (chosen[low], high)], load=True)
         for low, high in _changes(chosen, search.workload)
     ]
+    finals += longest  # the search's last look may begin right before its end
     return min(request.timeout_s * 0.4, finals + sum(looks) + (reference_s if looks else 0))
 
 

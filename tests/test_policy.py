@@ -904,7 +904,7 @@ def test_ties_are_with_the_fastest_only_and_the_simplest_of_them_is_recommended(
 
 some_finals = st.dictionaries(
     st.builds(FAST.replace, cache=st.sampled_from(["dynamic", "static", "quantized-4"]), depth=st.integers(0, 6)),
-    st.tuples(st.floats(90, 100), st.floats(0.002, 0.1)),
+    st.tuples(st.sampled_from([97.0, 100.0]) | st.floats(90, 100), st.sampled_from([0.01]) | st.floats(0.002, 0.1)),
     min_size=1,
     max_size=6,
 )

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -582,6 +583,9 @@ class Finals:
         contexts: tuple[int, ...] = (512,),
         again: dict[Configuration, float] | None = None,
         chosen: Configuration = LEADER,
+        stock: Configuration = STOCK,
+        known: tuple[Configuration, ...] = (LEADER, RIVAL, FAR, STOCK),
+        caches: tuple[str, ...] = ("dynamic", "static", "quantized-8"),
         fits: Callable[[Configuration, int], str] = lambda configuration, context: "",
         failing: Configuration | None = None,
     ):
@@ -597,17 +601,16 @@ class Finals:
             figures: dict[str, Any] = {"measure_s": 10 / 1.1, "load_s": 0.0, "stage": stage, "outcome": outcome}
             return synthetic_record(configuration, context, (rate * 0.99, rate, rate * 1.01), **figures)
 
-        choices = {"weights": ("bf16", "bnb-nf4"), "cache": ("dynamic", "static", "quantized-8")}
-        space = Space(choices | {"prefill_chunk": (0, 256)})
+        space = Space({"weights": ("bf16", "bnb-nf4"), "cache": caches, "prefill_chunk": (0, 256)})
         studies = Studies(f"sqlite:///{folder / 'study.db'}", "run", {}, contexts, 0)
         workload = Workload(contexts=contexts)
         self.search = Search(space, workload, Budget(10**9), studies, measure, fits, 0.0, now=lambda: self.now)
         for context in contexts:
-            for configuration in (LEADER, RIVAL, FAR, STOCK):
-                self.search.measured(configuration, context, "baseline" if configuration == STOCK else "search")
+            for configuration in known:
+                self.search.measured(configuration, context, "baseline" if configuration == stock else "search")
         self.calls.clear()
         self.now = 0.0
-        sides = dict.fromkeys(contexts, chosen), dict.fromkeys(contexts, STOCK)
+        sides = dict.fromkeys(contexts, chosen), dict.fromkeys(contexts, stock)
         run._finals(self.search, self.trials, *sides, self.watch, until, max(end, until))  # type: ignore[arg-type] # a watch
 
     @property
@@ -668,6 +671,16 @@ def test_each_context_has_its_first_rival_before_any_has_a_second(tmp_path: Path
     first = [(name, context) for name, context, _ in finals.calls]
     both = [("leader", 512), ("rival", 512), ("leader", 1024), ("rival", 1024), ("stock", 512), ("stock", 1024)]
     assert first == both
+    (tmp_path / "study.db").unlink()
+    finals = Finals(tmp_path, 224.0, contexts=(512, 1024))
+    assert finals.names[:8] == [*FIRST[:3], *FIRST[:3], "stock", "stock"]
+
+
+def test_the_baseline_is_no_rival_and_what_the_space_leaves_out_no_variant(tmp_path: Path) -> None:
+    assert Finals(tmp_path, 1000.0, stock=RIVAL).names[:6] == ["leader", *FIRST[2:5], "whole?", "whole"]
+    (tmp_path / "study.db").unlink()
+    without = Finals(tmp_path, 1000.0, caches=("static", "quantized-8"))
+    assert without.names[:5] == ["leader", "rival", "whole?", "whole", "stock"]
 
 
 def test_what_cannot_fit_is_no_variant_and_chunks_that_a_prompt_fits_are_the_same_thing(tmp_path: Path) -> None:
@@ -676,6 +689,9 @@ def test_what_cannot_fit_is_no_variant_and_chunks_that_a_prompt_fits_are_the_sam
     (tmp_path / "study.db").unlink()
     short = Finals(tmp_path, 1000.0, contexts=(256,))  # here LEADER is WHOLE, RIVAL is FAR, CHUNKS is PLAIN
     assert short.names == ["whole", "far", "plain?", "stock", "whole", "stock"]
+    (tmp_path / "study.db").unlink()
+    known = Finals(tmp_path, 1000.0, contexts=(256,), known=(LEADER, RIVAL, STOCK), again={FAR: 99.0})
+    assert known.names[:3] == ["whole", "far", "plain?"]
 
 
 def test_a_baseline_that_was_chosen_is_measured_once_a_turn(tmp_path: Path) -> None:
@@ -688,3 +704,19 @@ def test_finals_end_where_another_turn_would_take_more_than_the_time(tmp_path: P
     assert finals.names == ["leader", "stock"] * turns
     assert finals.now <= max(until, 20.0)
     assert bool(finals.watch.notes) == (turns == 1)
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "expected"),
+    [
+        (10_000.0, 2 * (32 + 3 * 10)),  # two turns of 32 s with three rivals each
+        (150.0, 50.0),  # a third
+        (110.0, 42.0),  # one turn with one rival takes more than a third
+    ],
+)
+def test_the_search_leaves_the_finals_their_time_and_its_own_last_look(
+    tmp_path: Path, timeout_s: float, expected: float
+) -> None:
+    finals = Finals(tmp_path, 0.0, known=(LEADER, STOCK))
+    request: Any = SimpleNamespace(timeout_s=timeout_s, reloads=False)
+    assert run._reserve(finals.search, request, 5.0) == pytest.approx(min(expected + 10 / 1.1, 0.4 * timeout_s))
