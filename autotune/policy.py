@@ -367,9 +367,9 @@ def as_done(records: Iterable[Record]) -> list[Record]:
 
 
 def rivals(records: Iterable[Record], leader: Configuration, context: int, objective: Objective) -> list[Configuration]:
-    """What else of its load group may be as fast as the leader at this context, the fastest first: all near it.
+    """What else of its load group may be as fast as the leader at this context, the fastest first.
 
-    The next best where nothing is. The leader and what is returned are as `as_done` has them.
+    The leader and what is returned are as `as_done` has them.
     """
     here = [r for r in _sound(as_done(records), context) if r.configuration.load_group == leader.load_group]
     ours = [record for record in here if record.configuration == leader]
@@ -377,8 +377,7 @@ def rivals(records: Iterable[Record], leader: Configuration, context: int, objec
     for record in sorted(here, key=lambda r: (-r.rate(objective), r.configuration.simplicity)):
         if record.configuration != leader:
             fastest.setdefault(record.configuration, record)
-    close = [c for c, record in fastest.items() if ours and near([record], ours, objective)]
-    return close or list(fastest)[:1]
+    return [c for c, record in fastest.items() if ours and near([record], ours, objective)]
 
 
 def near(ours: list[Record], theirs: list[Record], objective: Objective) -> bool:
@@ -668,11 +667,8 @@ def _ties(
     """What tied with ours in the finals, then what was not measured again and looked alike in the search."""
     looks = [r for r in records if r.stage in ("search", "baseline") and r.context_tokens == context and r.tokens_per_s]
     again = {r.configuration for r in records if r.stage == "final" and r.context_tokens == context}
-    alike = []
-    if ours in again and ours in {look.configuration for look in looks}:
-        others = [c for c in rivals(looks, ours, context, objective) if c not in again]
-        compared = {c: _compare(looks, c, ours, context, objective) for c in others}
-        alike = [c for c in others if compared[c][0] >= NEAR and _within(compared[c])]
+    others = [c for c in rivals(looks, ours, context, objective) if c not in again and ours in again]
+    alike = [c for c in others if _within(_compare(looks, c, ours, context, objective))]
     found = []
     for other, basis in [*((c, records) for c in finals if c != ours), *((c, looks) for c in alike)]:
         gain, low, high = _compare(basis, other, ours, context, objective)
