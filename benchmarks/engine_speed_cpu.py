@@ -130,19 +130,28 @@ class Pair:
 
     def __init__(self, engine: Engine, configuration: Configuration, context: int) -> None:
         self.engine, self.configuration, self.context = engine, configuration, context
+        self.ours = engine.target.config._attn_implementation  # what the engine loads for sdpa
         self.stock_cache = configuration.cache
         self.rounds: list[tuple[Row, Row]] = []
 
     def run(self, prompt: list[int], new_tokens: int, clock: Callable[[], float], stock_first: bool) -> tuple[Row, Row]:
-        for model in (self.engine.target, self.engine.draft):
-            assert model is not None
-            model.set_attn_implementation(self.configuration.attention)
+        theirs: Row = {}
         if stock_first:
-            theirs = stock(self.engine, self.configuration, self.stock_cache, prompt, new_tokens, clock)
+            theirs = self.stock(prompt, new_tokens, clock)
+        self.attend(self.ours if self.configuration.attention == "sdpa" else "eager")
         mine = ours(self.engine, self.configuration, prompt, new_tokens, clock)
         if not stock_first:
-            theirs = stock(self.engine, self.configuration, self.stock_cache, prompt, new_tokens, clock)
+            theirs = self.stock(prompt, new_tokens, clock)
         return mine, theirs
+
+    def stock(self, prompt: list[int], new_tokens: int, clock: Callable[[], float]) -> Row:
+        self.attend(self.configuration.attention)
+        return stock(self.engine, self.configuration, self.stock_cache, prompt, new_tokens, clock)
+
+    def attend(self, attention: str) -> None:
+        for model in (self.engine.target, self.engine.draft):
+            assert model is not None
+            model.set_attn_implementation(attention)
 
     def warm_up(self, prompt: list[int], new_tokens: int) -> None:
         """Also finds out what stock can do."""

@@ -424,10 +424,11 @@ class QuantizedLayer(_Preallocated):
     def _dequantized(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `tokens` stored tokens, a multiple of GROUP."""
         groups = tokens // GROUP
-        keys = _unpack(self.key_codes[:, :, :tokens], self.bits, dtype).unflatten(2, (groups, GROUP))
-        keys.mul_(self.key_scale[:, :, :groups]).add_(self.key_minimum[:, :, :groups])
-        values = _unpack(self.value_codes[:, :, :tokens], self.bits, dtype).unflatten(3, (-1, self.value_group))
-        values.mul_(self.value_scale[:, :, :tokens]).add_(self.value_minimum[:, :, :tokens])
+        work = _arithmetic(self.key_codes, dtype)
+        keys = _unpack(self.key_codes[:, :, :tokens], self.bits, work).unflatten(2, (groups, GROUP))
+        keys = keys.mul_(self.key_scale[:, :, :groups]).add_(self.key_minimum[:, :, :groups]).to(dtype)
+        values = _unpack(self.value_codes[:, :, :tokens], self.bits, work).unflatten(3, (-1, self.value_group))
+        values = values.mul_(self.value_scale[:, :, :tokens]).add_(self.value_minimum[:, :, :tokens]).to(dtype)
         return keys.flatten(2, 3), values.flatten(3)
 
     def advance(self, tokens: int) -> None:
@@ -472,9 +473,24 @@ class Float8Layer(QuantizedLayer):
         self.stored = end
 
     def _dequantized(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = self.key_codes[:, :, :tokens].to(dtype).mul_(self.key_scale[:, :, :tokens])
-        values = self.value_codes[:, :, :tokens].to(dtype).mul_(self.value_scale[:, :, :tokens])
+        work = _arithmetic(self.key_codes, dtype)
+        keys = _from_float8(self.key_codes[:, :, :tokens], work).mul_(self.key_scale[:, :, :tokens]).to(dtype)
+        values = _from_float8(self.value_codes[:, :, :tokens], work).mul_(self.value_scale[:, :, :tokens]).to(dtype)
         return keys, values
+
+
+def _arithmetic(codes: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What groups are dequantized in: a CPU multiplies bfloat16 by float16 many times slower than float32."""
+    return torch.float32 if codes.device.type == "cpu" else dtype
+
+
+def _from_float8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that float8 (e4m3) codes stand for. On a CPU their bits are moved: PyTorch converts one by one."""
+    if codes.device.type != "cpu":
+        return codes.to(dtype)
+    # the sign goes to float32's, exponent and mantissa to the ends that meet; what is left is the exponents' bias
+    bits = codes.view(torch.int8).to(torch.int32).bitwise_left_shift_(20).bitwise_and_(0x07F00000 - 2**31)
+    return bits.view(torch.float32).mul_(2.0**120).to(dtype)
 
 
 def _quantize(states: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -498,4 +514,5 @@ def _unpack(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
     if bits == 8:
         return packed.to(dtype)
     mask = 2**bits - 1
-    return torch.cat([(packed >> (bits * index)) & mask for index in range(8 // bits)], dim=-1).to(dtype)
+    shifted = [packed, *(packed >> (bits * index) for index in range(1, 8 // bits))]
+    return torch.cat(shifted, dim=-1).bitwise_and_(mask).to(dtype)
