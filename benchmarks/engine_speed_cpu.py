@@ -35,6 +35,7 @@ from transformers.utils import logging
 from autotune.config import Configuration, LoadGroup, parse_tokens
 from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.engine.decode import NGRAM, Engine
+from autotune.engine.grouped import use_grouped
 from autotune.engine.load import full_precision
 from autotune.measure.inputs import prepare, windows
 
@@ -130,7 +131,6 @@ class Pair:
 
     def __init__(self, engine: Engine, configuration: Configuration, context: int) -> None:
         self.engine, self.configuration, self.context = engine, configuration, context
-        self.ours = engine.target.config._attn_implementation  # what the engine loads for sdpa
         self.stock_cache = configuration.cache
         self.rounds: list[tuple[Row, Row]] = []
 
@@ -138,7 +138,8 @@ class Pair:
         theirs: Row = {}
         if stock_first:
             theirs = self.stock(prompt, new_tokens, clock)
-        self.attend(self.ours if self.configuration.attention == "sdpa" else "eager")
+        self.attend(self.configuration.attention)
+        self.use_grouped()
         mine = ours(self.engine, self.configuration, prompt, new_tokens, clock)
         if not stock_first:
             theirs = self.stock(prompt, new_tokens, clock)
@@ -149,9 +150,16 @@ class Pair:
         return stock(self.engine, self.configuration, self.stock_cache, prompt, new_tokens, clock)
 
     def attend(self, attention: str) -> None:
+        """By transformers' own function; `use_grouped` then does as the engine does when it loads."""
         for model in (self.engine.target, self.engine.draft):
             assert model is not None
             model.set_attn_implementation(attention)
+
+    def use_grouped(self) -> None:
+        for model in (self.engine.target, self.engine.draft):
+            assert model is not None
+            if model.dtype == torch.bfloat16:
+                use_grouped(model)
 
     def warm_up(self, prompt: list[int], new_tokens: int) -> None:
         """Also finds out what stock can do."""

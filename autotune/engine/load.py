@@ -111,7 +111,7 @@ def load_model(
         from .embedding import lock_pages
 
         lock_pages(embedding, device)
-    if attention == "sdpa" and device == "cpu" and dtype == torch.bfloat16:
+    if device == "cpu" and dtype == torch.bfloat16:
         from .grouped import use_grouped
 
         use_grouped(model)
