@@ -27,6 +27,7 @@ from autotune.engine.cache import (
     Float8Layer,
     QuantizedLayer,
     StaticLayer,
+    _from_float8,
     _pack,
     _unpack,
     make_cache,
@@ -478,6 +479,29 @@ def test_head_sizes_that_cannot_be_packed_are_unsupported(word, dim, value_dim):
     cache = new_cache(word)
     with pytest.raises(Unsupported, match="needs keys and values of one even size"):
         cache.update(torch.zeros(1, 2, 3, dim), torch.zeros(1, 2, 3, value_dim), 0)
+
+
+def test_moving_the_bits_of_float8_gives_the_numbers_that_they_stand_for():
+    codes = torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 < 127].view(torch.float8_e4m3fn)  # no NaN
+    moved = _from_float8(codes, torch.empty(0))
+    assert torch.equal(moved, codes.float())
+    assert torch.equal(moved.signbit(), codes.float().signbit())
+
+
+@pytest.mark.parametrize("word", QUANTIZED)
+def test_in_bfloat16_stored_tokens_are_rounded_once(word):
+    """What is read is what float32 gives, rounded."""
+    new = [
+        torch.randn((1, HEADS, 4 * GROUP, 64), generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1)
+    ]
+    reads = []
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = make_cache(word, tiny("llama").config, 300, "cpu").layers[0]
+        layer.update(*(states.to(dtype) for states in new))
+        reads.append(layer.update(*(states[:, :, :1].to(dtype) for states in new)))
+    for read, exact in zip(*reads, strict=True):
+        assert read.dtype == torch.bfloat16
+        assert torch.equal(read, exact.bfloat16())
 
 
 def test_fp8_takes_keys_and_values_of_different_sizes():

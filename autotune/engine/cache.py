@@ -407,28 +407,38 @@ class QuantizedLayer(_Preallocated):
 
     def _read(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The stored groups, dequantized, and the window behind them."""
-        if self.stored == 0:
-            return keys, values
-        old_keys, old_values = self._dequantized(self.stored, keys.dtype)
-        return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+        return (keys, values) if self.stored == 0 else self._behind(keys, values, self.stored)
 
     def _read_all(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Every slot, dequantized, with the window behind the `stored` tokens; what follows is to be masked."""
         assert self.keys is not None
         assert self.values is not None
-        old_keys, old_values = self._dequantized(self.capacity, self.keys.dtype)
-        keys, values = torch.cat([old_keys, self.keys], dim=2), torch.cat([old_values, self.values], dim=2)
+        keys, values = self._behind(self.keys, self.values, self.capacity)
         slots = stored + torch.arange(self.keys.shape[2], device=stored.device)
         return keys.index_copy_(2, slots, self.keys), values.index_copy_(2, slots, self.values)
 
-    def _dequantized(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `tokens` stored tokens, a multiple of GROUP."""
+    def _behind(self, keys: torch.Tensor, values: torch.Tensor, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `stored` tokens, dequantized, and `keys` and `values` behind them."""
+        seen = []
+        for new, dequantize in ((keys, self._dequantize_keys), (values, self._dequantize_values)):
+            whole = new.new_empty((1, new.shape[1], stored + new.shape[2], new.shape[3]))
+            dequantize(whole[:, :, :stored])
+            whole[:, :, stored:] = new
+            seen.append(whole)
+        return seen[0], seen[1]
+
+    def _dequantize_keys(self, out: torch.Tensor) -> None:
+        """The first stored tokens, as many as `out` has, a multiple of GROUP."""
+        tokens = out.shape[2]
         groups = tokens // GROUP
-        keys = _unpack(self.key_codes[:, :, :tokens], self.bits, dtype).unflatten(2, (groups, GROUP))
-        keys.mul_(self.key_scale[:, :, :groups]).add_(self.key_minimum[:, :, :groups])
-        values = _unpack(self.value_codes[:, :, :tokens], self.bits, dtype).unflatten(3, (-1, self.value_group))
-        values.mul_(self.value_scale[:, :, :tokens]).add_(self.value_minimum[:, :, :tokens])
-        return keys.flatten(2, 3), values.flatten(3)
+        keys = _unpack(self.key_codes[:, :, :tokens], self.bits, _arithmetic(out)).unflatten(2, (groups, GROUP))
+        out.copy_(keys.mul_(self.key_scale[:, :, :groups]).add_(self.key_minimum[:, :, :groups]).flatten(2, 3))
+
+    def _dequantize_values(self, out: torch.Tensor) -> None:
+        tokens = out.shape[2]
+        values = _unpack(self.value_codes[:, :, :tokens], self.bits, _arithmetic(out))
+        values = values.unflatten(3, (-1, self.value_group)).mul_(self.value_scale[:, :, :tokens])
+        out.copy_(values.add_(self.value_minimum[:, :, :tokens]).flatten(3))
 
     def advance(self, tokens: int) -> None:
         self.recent += tokens
@@ -471,10 +481,30 @@ class Float8Layer(QuantizedLayer):
             scales[:, :, begin:end] = scale
         self.stored = end
 
-    def _dequantized(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = self.key_codes[:, :, :tokens].to(dtype).mul_(self.key_scale[:, :, :tokens])
-        values = self.value_codes[:, :, :tokens].to(dtype).mul_(self.value_scale[:, :, :tokens])
-        return keys, values
+    def _dequantize_keys(self, out: torch.Tensor) -> None:
+        tokens = out.shape[2]
+        out.copy_(_from_float8(self.key_codes[:, :, :tokens], out).mul_(self.key_scale[:, :, :tokens]))
+
+    def _dequantize_values(self, out: torch.Tensor) -> None:
+        tokens = out.shape[2]
+        out.copy_(_from_float8(self.value_codes[:, :, :tokens], out).mul_(self.value_scale[:, :, :tokens]))
+
+
+def _arithmetic(out: torch.Tensor) -> torch.dtype:
+    """What groups are dequantized in: a CPU multiplies bfloat16 by float16 many times slower than float32."""
+    return torch.float32 if out.device.type == "cpu" else out.dtype
+
+
+def _from_float8(codes: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The numbers that float8 (e4m3) codes stand for, on a CPU in float32, else in the type of `out`.
+
+    A CPU converts them one by one. So their bits are moved: the sign to float32's, exponent and mantissa to where
+    float32's meet. What is then left of the exponent is the difference of the biases.
+    """
+    if out.device.type != "cpu":
+        return codes.to(out.dtype)
+    bits = codes.view(torch.int8).to(torch.int32).bitwise_left_shift_(20).bitwise_and_(0x07F00000 - 2**31)
+    return bits.view(torch.float32).mul_(2.0**120)
 
 
 def _quantize(states: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -498,4 +528,5 @@ def _unpack(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
     if bits == 8:
         return packed.to(dtype)
     mask = 2**bits - 1
-    return torch.cat([(packed >> (bits * index)) & mask for index in range(8 // bits)], dim=-1).to(dtype)
+    shifted = [packed, *(packed >> (bits * index) for index in range(1, 8 // bits))]
+    return torch.cat(shifted, dim=-1).bitwise_and_(mask).to(dtype)

@@ -111,6 +111,10 @@ def load_model(
         from .embedding import lock_pages
 
         lock_pages(embedding, device)
+    if device == "cpu" and dtype == torch.bfloat16:
+        from .grouped import use_grouped
+
+        use_grouped(model)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
