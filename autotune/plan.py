@@ -489,7 +489,7 @@ def predict(
         drafted, host = sum(resident), host + on_host
         draft_kv = sum(_kv_by_layer(draft, c, tokens, c.draft_weights))
     prefill = _prefill_bytes(target, c, context, tokens, kind)
-    activations = _activations(target, draft, c, context, tokens, prefill, draft_kv, kind)
+    activations = _activations(target, draft, c, context, tokens, prefill, kv, draft_kv, kind)
     slack = FRAGMENTS[kind] + _slack(target, c, context, tokens, prefill, activations, kv, draft_kv, kind)
     base = calibration.base_bytes + KERNELS[kind] + (INT8_KERNELS if (c.weights, kind) == ("bnb-int8", "cuda") else 0)
     fixed = base + weights + head + embeddings + drafted + kv + draft_kv
@@ -612,7 +612,8 @@ def _activations(
     draft_kv: int,
     kind: str,
 ) -> int:
-    """The transient peak beside both caches: loading, a prefill or decode.
+    kv: int,
+    """The transient peak beside both caches: loading, before which there are none, a prefill or decode.
 
     The draft's cache is made after the target's prefill, unless recorded steps keep it from the request before; and
     a recorded step has a pool of its own beside all other passes. Steps of several depths share it, but each keeps its
@@ -620,7 +621,8 @@ def _activations(
     """
     load = LOAD_COPIES.get(c.weights, 0) * target.largest_linear * 2
     if (c.weights, kind) == ("quanto-int4", "cuda"):
-        load = target.largest_linear * 2 + QUANTIZING_BYTES * min(UNPACKED, target.largest_linear)
+        load = QUANTIZING_BYTES * min(UNPACKED, target.largest_linear)
+    load -= kv + draft_kv
     reads = c.attention != "split_kv"  # which takes the cache as it is stored, but for prompts, which sdpa feeds
     decode = _pass_bytes(target, c, c.depth + 1, tokens, reads, c.depth + 1, kind)
     drafts = 0
