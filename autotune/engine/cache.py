@@ -306,6 +306,8 @@ class QuantizedLayer(_Preallocated):
         self.bits = bits
         self.stored = 0  # tokens in quantized groups
         self.recent = 0  # tokens in the window
+        self.by_heads = False  # `update` leaves it to the attention to `read` stored tokens, some KV heads at a time
+        self.older = 0  # stored tokens before those that `update` then returned
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         heads, dim = key_states.shape[1], key_states.shape[-1]
@@ -406,29 +408,46 @@ class QuantizedLayer(_Preallocated):
         self.stored = end
 
     def _read(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stored groups, dequantized, and the window behind them."""
-        if self.stored == 0:
+        """What attention is given, where these are the window's: the stored groups, dequantized, before them."""
+        self.older = self.stored if self.by_heads else 0
+        return (keys, values) if self.by_heads else self.read(keys, values, self.stored)
+
+    def read(
+        self, keys: torch.Tensor, values: torch.Tensor, stored: int, heads: slice = slice(None)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of some KV heads, the first `stored` tokens, dequantized, and `keys` and `values` behind them."""
+        keys, values = keys[:, heads], values[:, heads]
+        if stored == 0:
             return keys, values
-        old_keys, old_values = self._dequantized(self.stored, keys.dtype)
-        return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+        seen = []
+        for new, dequantize in ((keys, self._dequantize_keys), (values, self._dequantize_values)):
+            whole = new.new_empty((1, new.shape[1], stored + new.shape[2], new.shape[3]))
+            dequantize(whole[:, :, :stored], heads)
+            whole[:, :, stored:] = new
+            seen.append(whole)
+        return seen[0], seen[1]
 
     def _read_all(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Every slot, dequantized, with the window behind the `stored` tokens; what follows is to be masked."""
         assert self.keys is not None
         assert self.values is not None
-        old_keys, old_values = self._dequantized(self.capacity, self.keys.dtype)
-        keys, values = torch.cat([old_keys, self.keys], dim=2), torch.cat([old_values, self.values], dim=2)
+        keys, values = self.read(self.keys, self.values, self.capacity)
         slots = stored + torch.arange(self.keys.shape[2], device=stored.device)
         return keys.index_copy_(2, slots, self.keys), values.index_copy_(2, slots, self.values)
 
-    def _dequantized(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `tokens` stored tokens, a multiple of GROUP."""
+    def _dequantize_keys(self, out: torch.Tensor, heads: slice) -> None:
+        """The first stored tokens of some KV heads, as many as `out` has, a multiple of GROUP."""
+        tokens = out.shape[2]
         groups = tokens // GROUP
-        keys = _unpack(self.key_codes[:, :, :tokens], self.bits, dtype).unflatten(2, (groups, GROUP))
-        keys.mul_(self.key_scale[:, :, :groups]).add_(self.key_minimum[:, :, :groups])
-        values = _unpack(self.value_codes[:, :, :tokens], self.bits, dtype).unflatten(3, (-1, self.value_group))
-        values.mul_(self.value_scale[:, :, :tokens]).add_(self.value_minimum[:, :, :tokens])
-        return keys.flatten(2, 3), values.flatten(3)
+        out.copy_(_unpack(self.key_codes[:, heads, :tokens], self.bits, torch.uint8))
+        grouped = out.unflatten(2, (groups, GROUP))
+        grouped.mul_(self.key_scale[:, heads, :groups]).add_(self.key_minimum[:, heads, :groups])
+
+    def _dequantize_values(self, out: torch.Tensor, heads: slice) -> None:
+        tokens = out.shape[2]
+        out.copy_(_unpack(self.value_codes[:, heads, :tokens], self.bits, torch.uint8))
+        grouped = out.unflatten(3, (-1, self.value_group))
+        grouped.mul_(self.value_scale[:, heads, :tokens]).add_(self.value_minimum[:, heads, :tokens])
 
     def advance(self, tokens: int) -> None:
         self.recent += tokens
@@ -471,10 +490,13 @@ class Float8Layer(QuantizedLayer):
             scales[:, :, begin:end] = scale
         self.stored = end
 
-    def _dequantized(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = self.key_codes[:, :, :tokens].to(dtype).mul_(self.key_scale[:, :, :tokens])
-        values = self.value_codes[:, :, :tokens].to(dtype).mul_(self.value_scale[:, :, :tokens])
-        return keys, values
+    def _dequantize_keys(self, out: torch.Tensor, heads: slice) -> None:
+        tokens = out.shape[2]
+        out.copy_(self.key_codes[:, heads, :tokens]).mul_(self.key_scale[:, heads, :tokens])
+
+    def _dequantize_values(self, out: torch.Tensor, heads: slice) -> None:
+        tokens = out.shape[2]
+        out.copy_(self.value_codes[:, heads, :tokens]).mul_(self.value_scale[:, heads, :tokens])
 
 
 def _quantize(states: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
