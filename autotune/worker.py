@@ -243,7 +243,11 @@ class Worker:
         return self.engine.score(prompt, continuation, configuration, STEP)
 
     def begin(self) -> dict[str, Any]:
-        """Give back what the last measurement left, so that no witness counts it as the next one's."""
+        """Give back what the last measurement left, caches with their recorded steps included.
+
+        So that neither a witness nor the allocator's peak counts it as the next one's.
+        """
+        self.engine.close()
         self.meter.begin()
         return {}
 

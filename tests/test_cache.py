@@ -27,7 +27,7 @@ from autotune.engine.cache import (
     Float8Layer,
     QuantizedLayer,
     StaticLayer,
-    _from_float8,
+    _numbers,
     _pack,
     _unpack,
     make_cache,
@@ -363,7 +363,7 @@ def test_packing_loses_nothing(bits, seed, tokens, quarters):
     values = torch.randint(0, 2**bits, (1, 2, tokens, 4 * quarters), generator=generator, dtype=torch.uint8)
     packed = _pack(values, bits)
     assert packed.shape[-1] * 8 == values.shape[-1] * bits
-    assert torch.equal(_unpack(packed, bits, torch.float32), values.float())
+    assert torch.equal(_unpack(packed, bits), values)
 
 
 def test_the_layout_of_a_packed_byte_is_as_documented():
@@ -483,7 +483,7 @@ def test_head_sizes_that_cannot_be_packed_are_unsupported(word, dim, value_dim):
 
 def test_moving_the_bits_of_float8_gives_the_numbers_that_they_stand_for():
     codes = torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 < 127].view(torch.float8_e4m3fn)  # no NaN
-    moved = _from_float8(codes, torch.empty(0))
+    moved = _numbers(codes, torch.empty(0))
     assert torch.equal(moved, codes.float())
     assert torch.equal(moved.signbit(), codes.float().signbit())
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,7 @@ from autotune import trial
 from autotune.config import MIB, Budget, Configuration, Record, Workload
 from autotune.demo import DRAFT, held_out_text
 from autotune.trial import Inputs, OurBug, Trials, WorkerFailed, WorkerProcess
+from autotune.worker import Worker
 
 FAULTY = Path(__file__).with_name("faulty_worker.py")
 CONTEXTS = (64, 3072)
@@ -154,6 +157,14 @@ def test_what_a_larger_measurement_left_is_not_counted_as_the_next_ones(trials: 
     assert before is not None
     assert after is not None
     assert after < before + ROOM // 4
+
+
+def test_a_measurement_begins_without_the_caches_of_the_one_before() -> None:
+    one, order = Worker(io.StringIO()), []
+    one.engine = SimpleNamespace(close=lambda: order.append("caches"))
+    one.meter = SimpleNamespace(begin=lambda: order.append("peaks"))
+    one.begin()
+    assert order == ["caches", "peaks"]
 
 
 def test_memory_beside_the_allocator_that_stays_is_over_budget(trials: Trials, plant: Plant) -> None:

@@ -12,6 +12,7 @@ registers; the lengths are read from device tensors, so a recorded step never to
 This works where Triton does (on a processor only in its interpreter, for tests). A prompt goes through PyTorch's own
 flash attention: a chunk whose queries are the newest tokens needs no mask there (its causal mask is aligned at the last
 token) and no keys and values repeated for the heads that share them. Where flash does not fit, it goes through sdpa.
+Keys and values that are stored quantized are dequantized for it a few KV heads at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ..plan import REPEATED
+from ..plan import COPIED, COPIED_BY_QUERIES
 from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers
 from .load import Unsupported
 
@@ -46,6 +47,8 @@ def bind(model: PreTrainedModel, cache: Cache | None) -> None:
     text = model.config.get_text_config(decoder=True)
     if getattr(text, "attn_logit_softcapping", None) is not None:
         raise Unsupported(f"attention = {WORD} has no soft-capping of scores, which {text.model_type} needs")
+    for layer in [] if cache is None else layers(cache):
+        layer.by_heads = True
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int):
@@ -94,8 +97,10 @@ def _attention(
     if s_aux is not None:
         raise Unsupported(f"attention = {WORD} has no attention sinks, which this model needs")
     layer: Any = getattr(module, "kv_layer", None)
+    if layer is not None and not layer.is_initialized:
+        raise Unsupported(f"attention = {WORD} cannot read the keys and values of another layer, as this model does")
     if layer is None or layer.lengths is None:
-        return _prompt_attention(module, query, key, value, attention_mask, scaling, **kwargs), None
+        return _prompt_attention(module, query, key, value, attention_mask, scaling, layer, **kwargs), None
     return decode_attention(query, layer, scaling, sliding_window), None
 
 
@@ -106,28 +111,38 @@ def _prompt_attention(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float | None,
+    layer: StaticLayer | QuantizedLayer | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """PyTorch's own attention, which with a mask repeats keys and values for every head: a few KV heads at a time."""
-    if mask is None and 1 < query.shape[2] < key.shape[2]:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(query, key, value, is_causal=True, scale=scale)[0].transpose(1, 2)  # type: ignore[no-any-return]
+    """PyTorch's own attention, a few KV heads at a time where their keys and values have to be copied for it.
+
+    That is so where the layer stores tokens quantized, before those given, and where a mask keeps PyTorch from sharing
+    KV heads. Returns [1, n, heads, head_dim].
+    """
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
-    repeated = 2 * group * key.shape[2] * key.shape[3] * key.element_size()
-    step = kv_heads if mask is None or group == 1 else max(1, REPEATED // repeated)
-    parts = [
-        sdpa_attention_forward(
-            module,
-            query[:, begin * group : (begin + step) * group],
-            key[:, begin : begin + step],
-            value[:, begin : begin + step],
-            mask if mask is None or mask.shape[1] == 1 else mask[:, begin * group : (begin + step) * group],
-            scaling=scaling,
-            **kwargs,
-        )[0]
-        for begin in range(0, kv_heads, step)
-    ]
+    older = layer.older if isinstance(layer, QuantizedLayer) else 0
+    tokens = older + key.shape[2]
+    copies = (older > 0) + (group if mask is not None and group > 1 else 0)
+    head = tokens * (key.shape[3] + value.shape[3]) * key.element_size()
+    most = max(COPIED, COPIED_BY_QUERIES * query.numel() * query.element_size())
+    step = max(1, most // (copies * head)) if copies else kv_heads
+    parts = []
+    for begin in range(0, kv_heads, step):
+        heads = slice(begin, begin + step)
+        sharing = slice(begin * group, (begin + step) * group)
+        if isinstance(layer, QuantizedLayer):
+            keys, values = layer.read(key, value, older, heads)
+        else:
+            keys, values = key[:, heads], value[:, heads]
+        if mask is None and 1 < query.shape[2] < tokens:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            part = flash(query[:, sharing], keys, values, is_causal=True, scale=scale)[0].transpose(1, 2)
+        else:
+            own = mask if mask is None or mask.shape[1] == 1 else mask[:, sharing]
+            part = sdpa_attention_forward(module, query[:, sharing], keys, values, own, scaling=scaling, **kwargs)[0]
+        parts.append(part)
+        del keys, values  # before the next are made
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 

@@ -306,6 +306,8 @@ class QuantizedLayer(_Preallocated):
         self.bits = bits
         self.stored = 0  # tokens in quantized groups
         self.recent = 0  # tokens in the window
+        self.by_heads = False  # `update` leaves it to the attention to `read` stored tokens, some KV heads at a time
+        self.older = 0  # stored tokens before those that `update` then returned
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         heads, dim = key_states.shape[1], key_states.shape[-1]
@@ -406,39 +408,48 @@ class QuantizedLayer(_Preallocated):
         self.stored = end
 
     def _read(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stored groups, dequantized, and the window behind them."""
-        return (keys, values) if self.stored == 0 else self._behind(keys, values, self.stored)
+        """What attention is given, where these are the window's: the stored groups, dequantized, before them."""
+        self.older = self.stored if self.by_heads else 0
+        return (keys, values) if self.by_heads else self.read(keys, values, self.stored)
+
+    def read(
+        self, keys: torch.Tensor, values: torch.Tensor, stored: int, heads: slice = slice(None)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of some KV heads, the first `stored` tokens, dequantized, and `keys` and `values` behind them."""
+        keys, values = keys[:, heads], values[:, heads]
+        if stored == 0:
+            return keys, values
+        seen = []
+        for new, dequantize in ((keys, self._dequantize_keys), (values, self._dequantize_values)):
+            whole = new.new_empty((1, new.shape[1], stored + new.shape[2], new.shape[3]))
+            dequantize(whole[:, :, :stored], heads)
+            whole[:, :, stored:] = new
+            seen.append(whole)
+        return seen[0], seen[1]
 
     def _read_all(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Every slot, dequantized, with the window behind the `stored` tokens; what follows is to be masked."""
         assert self.keys is not None
         assert self.values is not None
-        keys, values = self._behind(self.keys, self.values, self.capacity)
+        keys, values = self.read(self.keys, self.values, self.capacity)
         slots = stored + torch.arange(self.keys.shape[2], device=stored.device)
         return keys.index_copy_(2, slots, self.keys), values.index_copy_(2, slots, self.values)
 
-    def _behind(self, keys: torch.Tensor, values: torch.Tensor, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `stored` tokens, dequantized, and `keys` and `values` behind them."""
-        seen = []
-        for new, dequantize in ((keys, self._dequantize_keys), (values, self._dequantize_values)):
-            whole = new.new_empty((1, new.shape[1], stored + new.shape[2], new.shape[3]))
-            dequantize(whole[:, :, :stored])
-            whole[:, :, stored:] = new
-            seen.append(whole)
-        return seen[0], seen[1]
-
-    def _dequantize_keys(self, out: torch.Tensor) -> None:
-        """The first stored tokens, as many as `out` has, a multiple of GROUP."""
+    def _dequantize_keys(self, out: torch.Tensor, heads: slice) -> None:
+        """The first stored tokens of some KV heads, as many as `out` has, a multiple of GROUP."""
         tokens = out.shape[2]
         groups = tokens // GROUP
-        keys = _unpack(self.key_codes[:, :, :tokens], self.bits, _arithmetic(out)).unflatten(2, (groups, GROUP))
-        out.copy_(keys.mul_(self.key_scale[:, :, :groups]).add_(self.key_minimum[:, :, :groups]).flatten(2, 3))
+        numbers = _numbers(_unpack(self.key_codes[:, heads, :tokens], self.bits), out)
+        grouped = numbers.unflatten(2, (groups, GROUP))
+        grouped.mul_(self.key_scale[:, heads, :groups]).add_(self.key_minimum[:, heads, :groups])
+        out.copy_(numbers)
 
-    def _dequantize_values(self, out: torch.Tensor) -> None:
+    def _dequantize_values(self, out: torch.Tensor, heads: slice) -> None:
         tokens = out.shape[2]
-        values = _unpack(self.value_codes[:, :, :tokens], self.bits, _arithmetic(out))
-        values = values.unflatten(3, (-1, self.value_group)).mul_(self.value_scale[:, :, :tokens])
-        out.copy_(values.add_(self.value_minimum[:, :, :tokens]).flatten(3))
+        numbers = _numbers(_unpack(self.value_codes[:, heads, :tokens], self.bits), out)
+        grouped = numbers.unflatten(3, (-1, self.value_group))
+        grouped.mul_(self.value_scale[:, heads, :tokens]).add_(self.value_minimum[:, heads, :tokens])
+        out.copy_(numbers)
 
     def advance(self, tokens: int) -> None:
         self.recent += tokens
@@ -481,28 +492,26 @@ class Float8Layer(QuantizedLayer):
             scales[:, :, begin:end] = scale
         self.stored = end
 
-    def _dequantize_keys(self, out: torch.Tensor) -> None:
+    def _dequantize_keys(self, out: torch.Tensor, heads: slice) -> None:
         tokens = out.shape[2]
-        out.copy_(_from_float8(self.key_codes[:, :, :tokens], out).mul_(self.key_scale[:, :, :tokens]))
+        out.copy_(_numbers(self.key_codes[:, heads, :tokens], out).mul_(self.key_scale[:, heads, :tokens]))
 
-    def _dequantize_values(self, out: torch.Tensor) -> None:
+    def _dequantize_values(self, out: torch.Tensor, heads: slice) -> None:
         tokens = out.shape[2]
-        out.copy_(_from_float8(self.value_codes[:, :, :tokens], out).mul_(self.value_scale[:, :, :tokens]))
+        out.copy_(_numbers(self.value_codes[:, heads, :tokens], out).mul_(self.value_scale[:, heads, :tokens]))
 
 
-def _arithmetic(out: torch.Tensor) -> torch.dtype:
-    """What groups are dequantized in: a CPU multiplies bfloat16 by float16 many times slower than float32."""
-    return torch.float32 if out.device.type == "cpu" else out.dtype
+def _numbers(codes: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The numbers that codes (uint8, or float8 e4m3) stand for: in `out`, on a CPU in a float32 tensor of their own.
 
-
-def _from_float8(codes: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The numbers that float8 (e4m3) codes stand for, on a CPU in float32, else in the type of `out`.
-
-    A CPU converts them one by one. So their bits are moved: the sign to float32's, exponent and mantissa to where
-    float32's meet. What is then left of the exponent is the difference of the biases.
+    A CPU multiplies bfloat16 by float16 many times slower than float32, and converts float8 numbers one by one. So
+    their bits are moved: the sign to float32's, exponent and mantissa to where float32's meet. What is then left of
+    the exponent is the difference of the biases.
     """
     if out.device.type != "cpu":
-        return codes.to(out.dtype)
+        return out.copy_(codes)
+    if codes.dtype == torch.uint8:
+        return codes.float()
     bits = codes.view(torch.int8).to(torch.int32).bitwise_left_shift_(20).bitwise_and_(0x07F00000 - 2**31)
     return bits.view(torch.float32).mul_(2.0**120)
 
@@ -524,9 +533,9 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def _unpack(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
-        return packed.to(dtype)
+        return packed
     mask = 2**bits - 1
     shifted = [packed, *(packed >> (bits * index) for index in range(1, 8 // bits))]
-    return torch.cat(shifted, dim=-1).bitwise_and_(mask).to(dtype)
+    return torch.cat(shifted, dim=-1).bitwise_and_(mask)
