@@ -296,8 +296,9 @@ class StaticLayer(_Preallocated):
 class QuantizedLayer(_Preallocated):
     """Groups of GROUP tokens in `bits` bits and a full-precision window of the newest WINDOW to WINDOW + GROUP tokens.
 
-    A token's `head_dim` values are packed into head_dim * bits / 8 bytes: with 4 bits, byte j holds channel j in its
-    low half and channel j + head_dim / 2 in its high half (2 bits: four quarters). Scale and minimum are float16.
+    A token's `head_dim` values are packed into head_dim * bits / 8 bytes: with 4 bits, a 16-bit word holds four channels
+    that lie head_dim / 4 apart, the first in its lowest bits; with 2 bits, a byte does. Scales and minimums lie beside
+    each other: 4-bit ones in the type of a 16-bit model's keys, all others in float16.
     """
 
     def __init__(self, capacity: int, bits: int, spare: int = 0):
@@ -309,19 +310,19 @@ class QuantizedLayer(_Preallocated):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         heads, dim = key_states.shape[1], key_states.shape[-1]
-        if value_states.shape[-1] != dim or dim * self.bits % 8 or dim % (8 // self.bits):
-            raise Unsupported(f"a {self.bits}-bit cache needs keys and values of one even size, not {dim}")
+        if value_states.shape[-1] != dim or dim % (1 if self.bits == 8 else 4):
+            raise Unsupported(f"a {self.bits}-bit cache needs keys and values of one size, a multiple of 4, not {dim}")
         self.value_group = next(size for size in (64, 32, 16, 8, 4, 2, 1) if dim % size == 0)
         device, half = key_states.device, torch.float16
-        packed = (1, heads, self.capacity, dim * self.bits // 8)
-        per_channel = (1, heads, self.capacity // GROUP, 1, dim)
-        per_token = (1, heads, self.capacity, dim // self.value_group, 1)
-        self.key_codes = torch.zeros(packed, dtype=torch.uint8, device=device)
-        self.value_codes = torch.zeros(packed, dtype=torch.uint8, device=device)
-        self.key_scale = torch.zeros(per_channel, dtype=half, device=device)
-        self.key_minimum = torch.zeros(per_channel, dtype=half, device=device)
-        self.value_scale = torch.zeros(per_token, dtype=half, device=device)
-        self.value_minimum = torch.zeros(per_token, dtype=half, device=device)
+        if self.bits == 4 and key_states.dtype == torch.bfloat16:
+            half = torch.bfloat16  # the kernel multiplies with scales as they are
+        packed = (1, heads, self.capacity, dim * self.bits // 8 // _word(self.bits).itemsize)
+        self.key_codes = torch.zeros(packed, dtype=_word(self.bits), device=device)
+        self.value_codes = torch.zeros_like(self.key_codes)
+        per_channel = (1, heads, self.capacity // GROUP, dim, 2)
+        per_token = (1, heads, dim // self.value_group, self.capacity, 2)
+        self.key_ranges = torch.zeros(per_channel, dtype=half, device=device)
+        self.value_ranges = torch.zeros(per_token, dtype=half, device=device)
         self.keys = key_states.new_zeros((1, heads, WINDOW + GROUP + self.spare, dim))
         self.values = torch.zeros_like(self.keys)
         self.is_initialized = True
@@ -395,14 +396,12 @@ class QuantizedLayer(_Preallocated):
             return
         begin, end = self.stored, self.stored + tokens
         grouped = keys.unflatten(2, (tokens // GROUP, GROUP))
-        codes, scale, minimum = _quantize(grouped, 3, self.bits)
+        codes, ranges = _quantize(grouped, 3, self.bits, self.key_ranges.dtype)
         self.key_codes[:, :, begin:end] = _pack(codes.flatten(2, 3), self.bits)
-        self.key_scale[:, :, begin // GROUP : end // GROUP] = scale
-        self.key_minimum[:, :, begin // GROUP : end // GROUP] = minimum
-        codes, scale, minimum = _quantize(values.unflatten(3, (-1, self.value_group)), 4, self.bits)
+        self.key_ranges[:, :, begin // GROUP : end // GROUP] = ranges
+        codes, ranges = _quantize(values.unflatten(3, (-1, self.value_group)), 4, self.bits, self.value_ranges.dtype)
         self.value_codes[:, :, begin:end] = _pack(codes.flatten(3), self.bits)
-        self.value_scale[:, :, begin:end] = scale
-        self.value_minimum[:, :, begin:end] = minimum
+        self.value_ranges[:, :, :, begin:end] = ranges.transpose(2, 3)
         self.stored = end
 
     def _read(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -425,9 +424,11 @@ class QuantizedLayer(_Preallocated):
         """The first `tokens` stored tokens, a multiple of GROUP."""
         groups = tokens // GROUP
         keys = _unpack(self.key_codes[:, :, :tokens], self.bits, dtype).unflatten(2, (groups, GROUP))
-        keys.mul_(self.key_scale[:, :, :groups]).add_(self.key_minimum[:, :, :groups])
+        scale, minimum = self.key_ranges[:, :, :groups, None].unbind(-1)
+        keys.mul_(scale).add_(minimum)
         values = _unpack(self.value_codes[:, :, :tokens], self.bits, dtype).unflatten(3, (-1, self.value_group))
-        values.mul_(self.value_scale[:, :, :tokens]).add_(self.value_minimum[:, :, :tokens])
+        scale, minimum = self.value_ranges[:, :, :, :tokens, None].transpose(2, 3).unbind(-1)
+        values.mul_(scale).add_(minimum)
         return keys.flatten(2, 3), values.flatten(3)
 
     def advance(self, tokens: int) -> None:
@@ -477,17 +478,22 @@ class Float8Layer(QuantizedLayer):
         return keys, values
 
 
-def _quantize(states: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes (uint8) along groups in dimension `dim`, with the float16 scale and minimum that decode them."""
+def _quantize(states: torch.Tensor, dim: int, bits: int, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (uint8) along groups in dimension `dim`, and in its stead the scale and minimum of type `kind`, last."""
     low, high = torch.aminmax(states.float(), dim=dim, keepdim=True)
-    minimum = low.half()
-    scale = ((high - minimum.float()) / (2**bits - 1)).clamp(min=2**-20).half()
+    minimum = low.to(kind)
+    scale = ((high - minimum.float()) / (2**bits - 1)).clamp(min=2**-20).to(kind)
     codes = ((states.float() - minimum.float()) / scale.float()).round_().clamp_(0, 2**bits - 1)
-    return codes.to(torch.uint8), scale, minimum
+    return codes.to(torch.uint8), torch.stack([scale, minimum], dim=-1).squeeze(dim)
+
+
+def _word(bits: int) -> torch.dtype:
+    """The type of a word, which holds one code of 8 bits, or four of the same token."""
+    return torch.int16 if bits == 4 else torch.uint8
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    parts = codes.chunk(8 // bits, dim=-1)
+    parts = codes.to(_word(bits)).chunk(1 if bits == 8 else 4, dim=-1)
     packed = parts[0].clone()
     for index, part in enumerate(parts[1:], 1):
         packed |= part << (bits * index)
@@ -498,4 +504,4 @@ def _unpack(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
     if bits == 8:
         return packed.to(dtype)
     mask = 2**bits - 1
-    return torch.cat([(packed >> (bits * index)) & mask for index in range(8 // bits)], dim=-1).to(dtype)
+    return torch.cat([(packed >> (bits * index)) & mask for index in range(4)], dim=-1).to(dtype)
