@@ -16,6 +16,7 @@ if DEVICE == "cpu":
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from test_graph import PROMPT, make_model
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from autotune.config import Configuration, LoadGroup
 from autotune.engine import attention, graph
@@ -100,6 +101,45 @@ def test_decoding_with_the_kernel_gives_the_text_of_sdpa(
 def test_without_a_gpu_the_kernel_is_unsupported(tmp_path: Any) -> None:
     with pytest.raises(Unsupported, match="split_kv needs a GPU"):
         load_model(tmp_path, attention="split_kv", device="cpu")
+
+
+CHUNK = {"q_length": 5, "kv_length": 40, "dtype": torch.bfloat16, "device": "cuda"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"kv_length": 41},  # the queries are not the newest tokens
+        {"dtype": torch.float32},
+        {"device": "cpu"},
+        {"mask_function": sliding_window_causal_mask_function(8)},
+        {"attention_mask": torch.ones(1, 40)},
+        {"config": SimpleNamespace(head_dim=260)},
+    ],
+)
+def test_a_chunk_needs_no_mask_only_where_flash_attention_can_be_used(other: dict[str, Any]) -> None:
+    chunk = {**CHUNK, "config": SimpleNamespace(hidden_size=512, num_attention_heads=8)}
+    assert attention._flash_needs_no_mask(35, **chunk)
+    assert not attention._flash_needs_no_mask(35, **{**chunk, **other})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="flash attention needs a GPU")
+@pytest.mark.parametrize(("heads", "kv_heads", "count", "held"), [(8, 2, 33, 100), (4, 4, 1, 7), (32, 8, 512, 3000)])
+def test_a_chunk_without_a_mask_sees_what_a_causal_mask_lets_it(
+    heads: int, kv_heads: int, count: int, held: int
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(1, heads, count, 64, device=DEVICE, dtype=torch.bfloat16)
+    key, value = torch.randn(2, 1, kv_heads, held + count, 64, device=DEVICE, dtype=torch.bfloat16)
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
+    causal = torch.ones(count, held + count, dtype=torch.bool, device=DEVICE).tril(held)[None, None]
+    masked = attention._prompt_attention(module, query, key, value, causal, None)
+    assert attention._prompt_attention(module, query, key, value, None, None).shape == masked.shape
+    torch.testing.assert_close(
+        attention._prompt_attention(module, query, key, value, None, None), masked, atol=0.01, rtol=0.02
+    )
 
 
 @pytest.mark.parametrize("own_masks", [False, True])

@@ -9,7 +9,9 @@ their log-sum-exp, as in Flash-Decoding (Dao et al., 2023). All queries that sha
 the rows of one matrix product, so that grouped-query attention reads each key once. Groups are dequantized in
 registers; the lengths are read from device tensors, so a recorded step never touches a slot that holds nothing.
 
-This works where Triton does (on a processor only in its interpreter, for tests). Prefill goes through sdpa.
+This works where Triton does (on a processor only in its interpreter, for tests). A prompt goes through PyTorch's own
+flash attention: a chunk whose queries are the newest tokens needs no mask there (its causal mask is aligned at the last
+token) and no keys and values repeated for the heads that share them. Where flash does not fit, it goes through sdpa.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import triton.language as tl
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..plan import REPEATED
 from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers
@@ -54,7 +56,29 @@ def bind(model: PreTrainedModel, cache: Cache | None) -> None:
 def _mask(*args: Any, q_offset: int | torch.Tensor = 0, **kwargs: Any) -> torch.Tensor | None:
     if isinstance(q_offset, torch.Tensor):  # a recorded step: the kernel knows what is causal
         return None
+    if q_offset and _flash_needs_no_mask(q_offset, **kwargs):
+        return None
     return sdpa_mask(*args, q_offset=q_offset, **kwargs)
+
+
+def _flash_needs_no_mask(
+    q_offset: int,
+    *,
+    q_length: int,
+    kv_length: int,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> bool:
+    """Whether the queries are the newest tokens, each sees all before it, and flash attention takes such tensors."""
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    causal = mask_function is causal_mask_function and attention_mask is None
+    fits = dtype in (torch.bfloat16, torch.float16) and dim % 8 == 0 and dim <= 256
+    return causal and fits and torch.device(device).type == "cuda" and kv_offset == 0 == kv_length - q_offset - q_length
 
 
 def _attention(
@@ -86,6 +110,10 @@ def _prompt_attention(
     **kwargs: Any,
 ) -> torch.Tensor:
     """PyTorch's own attention, which with a mask repeats keys and values for every head: a few KV heads at a time."""
+    if mask is None and 1 < query.shape[2] < key.shape[2]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, is_causal=True, scale=scale)[0].transpose(1, 2)  # type: ignore[no-any-return]
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     repeated = 2 * group * key.shape[2] * key.shape[3] * key.element_size()
     step = kv_heads if mask is None or group == 1 else max(1, REPEATED // repeated)
