@@ -17,13 +17,12 @@ import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from types import ModuleType
 from typing import Any
 
 import click
 import torch
 
-from autotune.engine import attention, before_attention, before_cache, cache
+from autotune.engine import attention, cache
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 COUNTS = (1, 5)
@@ -33,49 +32,37 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-class Nothing:
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: None
-
-
-STATIC, FP8, INT4 = "static", "quantized-fp8", "quantized-4"
-VARIANTS: dict[str, tuple[str, ModuleType, dict[str, Any]]] = {
-    "static": (STATIC, attention, {}),
-    "fp8": (FP8, attention, {}),
-    "4-bit before": (INT4, before_attention, {}),
-    "4-bit": (INT4, attention, {}),
-    "4-bit, not combined": (INT4, attention, {"_combine": Nothing()}),
-    "4-bit, 32 rows": (INT4, attention, {"ROWS": 32}),
-    "4-bit, 2 stages": (INT4, attention, {"STAGES": 2}),
-    "4-bit, 4 stages": (INT4, attention, {"STAGES": 4}),
-    "4-bit, spread": (INT4, attention, {"UNIT": 1}),
-    "4-bit, 2 warps": (INT4, attention, {"WARPS": 2, "UNIT": 2, "PROGRAMS": 512}),
-    "4-bit, 8 warps": (INT4, attention, {"WARPS": 8, "UNIT": 8, "PROGRAMS": 128}),
-    "4-bit, 128 programs": (INT4, attention, {"PROGRAMS": 128}),
+# The cache, and what is set in the kernels' module.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "static": ("static", {}),
+    "fp8": ("quantized-fp8", {}),
+    "4-bit": ("quantized-4", {}),
+    "4-bit, as if long": ("quantized-4", {"LONG": 0}),
+    "4-bit, as if short": ("quantized-4", {"LONG": 10**9}),
+    "4-bit, no overlap": ("quantized-4", {"OVERLAP": 0}),
 }
 
 
-def make_layer(module: ModuleType, word: str, tokens: int, count: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
+def make_layer(word: str, tokens: int, count: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """A layer that holds `tokens` random tokens and `count` new ones behind them; and all their keys and values."""
     torch.manual_seed(tokens + count)
     spread = torch.randn(1, KV_HEADS, 1, DIM, device=DEVICE).exp()
     keys = torch.randn(1, KV_HEADS, tokens + count, DIM, device=DEVICE) * spread + 2 * spread.flip(-1)
     values = torch.randn(1, KV_HEADS, tokens + count, DIM, device=DEVICE) + 0.5
     keys, values = (keys / spread.square().mean().sqrt()).to(DTYPE), values.to(DTYPE)
-    caches = before_cache if module is before_attention else cache
-    if word == STATIC:
-        layer: Any = caches.StaticLayer(tokens + 32, 32)
-    elif word == FP8:
-        layer = caches.Float8Layer(tokens + 32, 32)
+    if word == "static":
+        layer: Any = cache.StaticLayer(tokens + 32, 32)
+    elif word == "quantized-fp8":
+        layer = cache.Float8Layer(tokens + 32, 32)
     else:
-        layer = caches.QuantizedLayer(tokens + 32, 4, 32)
+        layer = cache.QuantizedLayer(tokens + 32, 4, 32)
     layer.update(keys[:, :, :tokens], values[:, :, :tokens])
     stored = 0
-    if word != STATIC:
+    if word != "static":
         layer.settle()
         stored = layer.stored
     at = {"device": DEVICE, "dtype": torch.int64}
-    layer.lengths = caches.Lengths(torch.tensor([tokens], **at), torch.tensor([stored], **at), False)
+    layer.lengths = cache.Lengths(torch.tensor([tokens], **at), torch.tensor([stored], **at), False)
     recent = tokens - stored
     layer.keys[:, :, recent : recent + count] = keys[:, :, tokens:]
     layer.values[:, :, recent : recent + count] = values[:, :, tokens:]
@@ -101,41 +88,44 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def run(name: str, query: torch.Tensor, layer: Any) -> torch.Tensor:
-    _, module, settings = VARIANTS[name]
-    kept = {key: getattr(module, key) for key in settings}
+    _, settings = VARIANTS[name]
+    kept = {key: getattr(attention, key) for key in settings}
     try:
         for key, value in settings.items():
-            setattr(module, key, value)
-        return module.decode_attention(query, layer)  # type: ignore[no-any-return]
+            setattr(attention, key, value)
+        return attention.decode_attention(query, layer)  # type: ignore[no-any-return]
     finally:
         for key, value in kept.items():
-            setattr(module, key, value)
+            setattr(attention, key, value)
 
 
 def check(name: str, tokens: int, count: int) -> tuple[float, float]:
     """The error of the kernel, and with that of what the cache stores."""
-    word, module, _ = VARIANTS[name]
-    layer, keys, values = make_layer(module, word, tokens, count)
+    word, _ = VARIANTS[name]
+    layer, keys, values = make_layer(word, tokens, count)
     query = make_query(count)
     found = run(name, query, layer)
     again = run(name, query, layer)
     if not torch.equal(found, again):
         raise ValueError("two runs differ")
-    if word == STATIC:
+    if word == "static":
         read = keys, values
     else:
         old = layer._dequantized(layer.stored, torch.float32)
-        read = tuple(torch.cat([x, y[:, :, layer.stored :].float()], 2) for x, y in zip(old, (keys, values), strict=True))  # type: ignore[assignment]
+        read = tuple(
+            torch.cat([x, y[:, :, layer.stored :].float()], 2) for x, y in zip(old, (keys, values), strict=True)
+        )  # type: ignore[assignment]
     return error(found, exact(query, *read)), error(found, exact(query, keys, values))
 
 
 def compile_one(name: str, count: int) -> str:
     """One variant into Triton's cache on disk, by running it."""
     try:
-        word, module, _ = VARIANTS[name]
-        run(name, make_query(count), make_layer(module, word, 304, count)[0])
+        word, _ = VARIANTS[name]
+        for tokens in (304, attention.LONG + 304):  # 4-bit caches of these lengths have a kernel each
+            run(name, make_query(count), make_layer(word, tokens, count)[0])
         torch.cuda.synchronize()
-    except Exception as failure:
+    except Exception as failure:  # noqa: BLE001 - whatever fails, the others are timed
         return (str(failure).strip().splitlines() or [repr(failure)])[-1][:200]
     return ""
 
@@ -182,16 +172,15 @@ def timed(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str, floa
 
 
 def one_case(names: list[str], tokens: int, count: int) -> dict[str, float]:
-    sets: dict[tuple[str, str], list[Any]] = {}
+    sets: dict[str, list[Any]] = {}
     graphs = {}
     query = make_query(count)
     for name in names:
-        word, module, _ = VARIANTS[name]
-        key = word, module.__name__
-        if key not in sets:
-            layer = make_layer(module, word, tokens, count)[0]
-            sets[key] = [layer] + [copied(layer) for _ in range(L2_BYTES // layer_bytes(layer))]
-        graphs[name] = graph(name, query, sets[key])
+        word, _ = VARIANTS[name]
+        if word not in sets:
+            layer = make_layer(word, tokens, count)[0]
+            sets[word] = [layer] + [copied(layer) for _ in range(L2_BYTES // layer_bytes(layer))]
+        graphs[name] = graph(name, query, sets[word])
     return timed(graphs)
 
 
@@ -213,12 +202,12 @@ def main(tokens: str, only_check: bool) -> None:
         click.echo(f"compiled at {time.monotonic() - began:.0f} s")
     errors = {}
     for name in names:
-        if name in failed or "_combine" in VARIANTS[name][2]:
+        if name in failed:
             continue
         try:
             cases = [(n, count) for n in ([304] if only_check else [32, 304, lengths[-1]]) for count in COUNTS]
             found = [check(name, *case) for case in cases]
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001 - whatever fails, the others are timed
             failed[name] = (str(failure).strip().splitlines() or [repr(failure)])[-1][:200]
             click.echo(f"{name}: {failed[name]}")
             continue
@@ -239,7 +228,9 @@ def main(tokens: str, only_check: bool) -> None:
             click.echo(f"{name:22}" + "".join(f"{us[name]:12.1f}" for us in table.values()))
         click.echo(f"in {time.monotonic() - began:.0f} s")
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    click.echo(json.dumps({"device": device, "torch": torch.__version__, "failed": failed, "errors": errors, "us": table}))
+    click.echo(
+        json.dumps({"device": device, "torch": torch.__version__, "failed": failed, "errors": errors, "us": table})
+    )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ CACHES = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8"
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(attention, "PROGRAMS", 6)
+        monkeypatch.setattr(attention, "LONG_PROGRAMS", 6)
 
 
 def one_layer(cache: str, capacity: int) -> Any:
@@ -38,7 +39,7 @@ def one_layer(cache: str, capacity: int) -> Any:
     return make_cache(cache, config, capacity, DEVICE, spare=32)
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", [*CACHES, "quantized-4 and long"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "held", "count", "window"),
     [
@@ -49,9 +50,18 @@ def one_layer(cache: str, capacity: int) -> Any:
     ],
 )
 def test_the_kernel_reads_what_the_cache_would_dequantize(
-    cache: str, heads: int, kv_heads: int, dim: int, held: int, count: int, window: int | None
+    monkeypatch: pytest.MonkeyPatch,
+    cache: str,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    held: int,
+    count: int,
+    window: int | None,
 ) -> None:
     torch.manual_seed(0)
+    cache, _, long = cache.partition(" and ")
+    monkeypatch.setattr(attention, "LONG", 0 if long else 512)
     whole = one_layer(cache, 512)
     layer = whole.layers[0]
     keys, values = torch.randn(2, 1, kv_heads, held + count, dim, device=DEVICE)

@@ -90,12 +90,11 @@ def contents(cache: Cache) -> list[torch.Tensor]:
             stored, groups = layer.stored, layer.stored // GROUP
             held += [torch.tensor([layer.stored, layer.recent])]
             held += [layer.keys[:, :, : layer.recent], layer.values[:, :, : layer.recent]]
-            held += [layer.key_codes[:, :, :stored], layer.value_codes[:, :, :stored], layer.value_scale[:, :, :stored]]
+            held += [layer.key_codes[:, :, :stored], layer.value_codes[:, :, :stored]]
             if isinstance(layer, Float8Layer):
-                held += [layer.key_scale[:, :, :stored]]
+                held += [layer.key_scale[:, :, :stored], layer.value_scale[:, :, :stored]]
             else:
-                held += [layer.key_scale[:, :, :groups], layer.key_minimum[:, :, :groups]]
-                held += [layer.value_minimum[:, :, :stored]]
+                held += [layer.key_ranges[:, :, :groups], layer.value_ranges[:, :, :, :stored]]
         else:
             length = layer.get_seq_length()
             held += [torch.tensor(length), layer.keys[:, :, :length], layer.values[:, :, :length]]

@@ -296,9 +296,9 @@ class StaticLayer(_Preallocated):
 class QuantizedLayer(_Preallocated):
     """Groups of GROUP tokens in `bits` bits and a full-precision window of the newest WINDOW to WINDOW + GROUP tokens.
 
-    A token's `head_dim` values are packed into head_dim * bits / 8 bytes: with 4 bits, a 16-bit word holds four channels
-    that lie head_dim / 4 apart, the first in its lowest bits; with 2 bits, a byte does. Scales and minimums lie beside
-    each other: 4-bit ones in the type of a 16-bit model's keys, all others in float16.
+    A token's `head_dim` values are packed into head_dim * bits / 8 bytes: with 4 bits, byte j holds channel j in its
+    low half and channel j + head_dim / 2 in its high half (2 bits: four quarters). Scales and minimums lie beside each
+    other: 4-bit ones in bfloat16 where the model's keys are, all others in float16.
     """
 
     def __init__(self, capacity: int, bits: int, spare: int = 0):
@@ -310,14 +310,14 @@ class QuantizedLayer(_Preallocated):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         heads, dim = key_states.shape[1], key_states.shape[-1]
-        if value_states.shape[-1] != dim or dim % (1 if self.bits == 8 else 4):
-            raise Unsupported(f"a {self.bits}-bit cache needs keys and values of one size, a multiple of 4, not {dim}")
+        if value_states.shape[-1] != dim or dim * self.bits % 8 or dim % (8 // self.bits):
+            raise Unsupported(f"a {self.bits}-bit cache needs keys and values of one even size, not {dim}")
         self.value_group = next(size for size in (64, 32, 16, 8, 4, 2, 1) if dim % size == 0)
         device, half = key_states.device, torch.float16
         if self.bits == 4 and key_states.dtype == torch.bfloat16:
             half = torch.bfloat16  # the kernel multiplies with scales as they are
-        packed = (1, heads, self.capacity, dim * self.bits // 8 // _word(self.bits).itemsize)
-        self.key_codes = torch.zeros(packed, dtype=_word(self.bits), device=device)
+        packed = (1, heads, self.capacity, dim * self.bits // 8)
+        self.key_codes = torch.zeros(packed, dtype=torch.uint8, device=device)
         self.value_codes = torch.zeros_like(self.key_codes)
         per_channel = (1, heads, self.capacity // GROUP, dim, 2)
         per_token = (1, heads, dim // self.value_group, self.capacity, 2)
@@ -487,13 +487,8 @@ def _quantize(states: torch.Tensor, dim: int, bits: int, kind: torch.dtype) -> t
     return codes.to(torch.uint8), torch.stack([scale, minimum], dim=-1).squeeze(dim)
 
 
-def _word(bits: int) -> torch.dtype:
-    """The type of a word, which holds one code of 8 bits, or four of the same token."""
-    return torch.int16 if bits == 4 else torch.uint8
-
-
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    parts = codes.to(_word(bits)).chunk(1 if bits == 8 else 4, dim=-1)
+    parts = codes.chunk(8 // bits, dim=-1)
     packed = parts[0].clone()
     for index, part in enumerate(parts[1:], 1):
         packed |= part << (bits * index)
@@ -504,4 +499,4 @@ def _unpack(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
     if bits == 8:
         return packed.to(dtype)
     mask = 2**bits - 1
-    return torch.cat([(packed >> (bits * index)) & mask for index in range(4)], dim=-1).to(dtype)
+    return torch.cat([(packed >> (bits * index)) & mask for index in range(8 // bits)], dim=-1).to(dtype)
