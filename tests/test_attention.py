@@ -47,6 +47,7 @@ def one_layer(cache: str, capacity: int) -> Any:
         (4, 4, 32, 129, 5, None),  # several tokens, causal among themselves
         (8, 2, 24, 300, 3, 100),  # a size that is no power of two, and a sliding window
         (8, 2, 128, 20, 8, None),  # nothing is in groups yet
+        (8, 2, 128, 300, 5, None),  # two groups of a value, and more rows than a program takes
     ],
 )
 def test_the_kernel_reads_what_the_cache_would_dequantize(
