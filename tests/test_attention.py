@@ -32,6 +32,7 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "COPIED_BY_QUERIES", 0)
     if DEVICE == "cpu":
         monkeypatch.setattr(attention, "PROGRAMS", 6)
+        monkeypatch.setattr(attention, "LONG_PROGRAMS", 6)
 
 
 def one_layer(cache: str, capacity: int) -> Any:
@@ -39,7 +40,7 @@ def one_layer(cache: str, capacity: int) -> Any:
     return make_cache(cache, config, capacity, DEVICE, spare=32)
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", [*CACHES, "quantized-4 and long"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "held", "count", "window"),
     [
@@ -47,12 +48,22 @@ def one_layer(cache: str, capacity: int) -> Any:
         (4, 4, 32, 129, 5, None),  # several tokens, causal among themselves
         (8, 2, 24, 300, 3, 100),  # a size that is no power of two, and a sliding window
         (8, 2, 128, 20, 8, None),  # nothing is in groups yet
+        (8, 2, 128, 300, 5, None),  # two groups of a value, and more rows than a program takes
     ],
 )
 def test_the_kernel_reads_what_the_cache_would_dequantize(
-    cache: str, heads: int, kv_heads: int, dim: int, held: int, count: int, window: int | None
+    monkeypatch: pytest.MonkeyPatch,
+    cache: str,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    held: int,
+    count: int,
+    window: int | None,
 ) -> None:
     torch.manual_seed(0)
+    cache, _, long = cache.partition(" and ")
+    monkeypatch.setattr(attention, "LONG", 0 if long else 512)
     whole = one_layer(cache, 512)
     layer = whole.layers[0]
     keys, values = torch.randn(2, 1, kv_heads, held + count, dim, device=DEVICE)

@@ -91,12 +91,11 @@ def contents(cache: Cache) -> list[torch.Tensor]:
             stored, groups = layer.stored, layer.stored // GROUP
             held += [torch.tensor([layer.stored, layer.recent])]
             held += [layer.keys[:, :, : layer.recent], layer.values[:, :, : layer.recent]]
-            held += [layer.key_codes[:, :, :stored], layer.value_codes[:, :, :stored], layer.value_scale[:, :, :stored]]
+            held += [layer.key_codes[:, :, :stored], layer.value_codes[:, :, :stored]]
             if isinstance(layer, Float8Layer):
-                held += [layer.key_scale[:, :, :stored]]
+                held += [layer.key_scale[:, :, :stored], layer.value_scale[:, :, :stored]]
             else:
-                held += [layer.key_scale[:, :, :groups], layer.key_minimum[:, :, :groups]]
-                held += [layer.value_minimum[:, :, :stored]]
+                held += [layer.key_ranges[:, :, :groups], layer.value_ranges[:, :, :, :stored]]
         else:
             length = layer.get_seq_length()
             held += [torch.tensor(length), layer.keys[:, :, :length], layer.values[:, :, :length]]
@@ -494,11 +493,12 @@ def test_in_bfloat16_stored_tokens_are_rounded_once(word):
     new = [
         torch.randn((1, HEADS, 4 * GROUP, 64), generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1)
     ]
-    reads = []
-    for dtype in (torch.bfloat16, torch.float32):
-        layer = make_cache(word, tiny("llama").config, 300, "cpu").layers[0]
-        layer.update(*(states.to(dtype) for states in new))
-        reads.append(layer.update(*(states[:, :, :1].to(dtype) for states in new)))
+    layer = make_cache(word, tiny("llama").config, 300, "cpu").layers[0]
+    layer.update(*new)
+    newest = [states[:, :, :1] for states in new]
+    reads = [
+        layer.read(*(states.to(dtype) for states in newest), layer.stored) for dtype in (torch.bfloat16, torch.float32)
+    ]
     for read, exact in zip(*reads, strict=True):
         assert read.dtype == torch.bfloat16
         assert torch.equal(read, exact.bfloat16())

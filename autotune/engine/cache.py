@@ -297,7 +297,8 @@ class QuantizedLayer(_Preallocated):
     """Groups of GROUP tokens in `bits` bits and a full-precision window of the newest WINDOW to WINDOW + GROUP tokens.
 
     A token's `head_dim` values are packed into head_dim * bits / 8 bytes: with 4 bits, byte j holds channel j in its
-    low half and channel j + head_dim / 2 in its high half (2 bits: four quarters). Scale and minimum are float16.
+    low half and channel j + head_dim / 2 in its high half (2 bits: four quarters). Scales and minimums lie beside each
+    other: 4-bit ones in bfloat16 where the model's keys are, all others in float16.
     """
 
     def __init__(self, capacity: int, bits: int, spare: int = 0):
@@ -315,15 +316,15 @@ class QuantizedLayer(_Preallocated):
             raise Unsupported(f"a {self.bits}-bit cache needs keys and values of one even size, not {dim}")
         self.value_group = next(size for size in (64, 32, 16, 8, 4, 2, 1) if dim % size == 0)
         device, half = key_states.device, torch.float16
+        if self.bits == 4 and key_states.dtype == torch.bfloat16:
+            half = torch.bfloat16  # the kernel multiplies with scales as they are
         packed = (1, heads, self.capacity, dim * self.bits // 8)
-        per_channel = (1, heads, self.capacity // GROUP, 1, dim)
-        per_token = (1, heads, self.capacity, dim // self.value_group, 1)
         self.key_codes = torch.zeros(packed, dtype=torch.uint8, device=device)
-        self.value_codes = torch.zeros(packed, dtype=torch.uint8, device=device)
-        self.key_scale = torch.zeros(per_channel, dtype=half, device=device)
-        self.key_minimum = torch.zeros(per_channel, dtype=half, device=device)
-        self.value_scale = torch.zeros(per_token, dtype=half, device=device)
-        self.value_minimum = torch.zeros(per_token, dtype=half, device=device)
+        self.value_codes = torch.zeros_like(self.key_codes)
+        per_channel = (1, heads, self.capacity // GROUP, dim, 2)
+        per_token = (1, heads, dim // self.value_group, self.capacity, 2)
+        self.key_ranges = torch.zeros(per_channel, dtype=half, device=device)
+        self.value_ranges = torch.zeros(per_token, dtype=half, device=device)
         self.keys = key_states.new_zeros((1, heads, WINDOW + GROUP + self.spare, dim))
         self.values = torch.zeros_like(self.keys)
         self.is_initialized = True
@@ -397,14 +398,12 @@ class QuantizedLayer(_Preallocated):
             return
         begin, end = self.stored, self.stored + tokens
         grouped = keys.unflatten(2, (tokens // GROUP, GROUP))
-        codes, scale, minimum = _quantize(grouped, 3, self.bits)
+        codes, ranges = _quantize(grouped, 3, self.bits, self.key_ranges.dtype)
         self.key_codes[:, :, begin:end] = _pack(codes.flatten(2, 3), self.bits)
-        self.key_scale[:, :, begin // GROUP : end // GROUP] = scale
-        self.key_minimum[:, :, begin // GROUP : end // GROUP] = minimum
-        codes, scale, minimum = _quantize(values.unflatten(3, (-1, self.value_group)), 4, self.bits)
+        self.key_ranges[:, :, begin // GROUP : end // GROUP] = ranges
+        codes, ranges = _quantize(values.unflatten(3, (-1, self.value_group)), 4, self.bits, self.value_ranges.dtype)
         self.value_codes[:, :, begin:end] = _pack(codes.flatten(3), self.bits)
-        self.value_scale[:, :, begin:end] = scale
-        self.value_minimum[:, :, begin:end] = minimum
+        self.value_ranges[:, :, :, begin:end] = ranges.transpose(2, 3)
         self.stored = end
 
     def _read(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -440,15 +439,15 @@ class QuantizedLayer(_Preallocated):
         tokens = out.shape[2]
         groups = tokens // GROUP
         numbers = _numbers(_unpack(self.key_codes[:, heads, :tokens], self.bits), out)
-        grouped = numbers.unflatten(2, (groups, GROUP))
-        grouped.mul_(self.key_scale[:, heads, :groups]).add_(self.key_minimum[:, heads, :groups])
+        scale, minimum = self.key_ranges[:, heads, :groups, None].unbind(-1)
+        numbers.unflatten(2, (groups, GROUP)).mul_(scale).add_(minimum)
         out.copy_(numbers)
 
     def _dequantize_values(self, out: torch.Tensor, heads: slice) -> None:
         tokens = out.shape[2]
         numbers = _numbers(_unpack(self.value_codes[:, heads, :tokens], self.bits), out)
-        grouped = numbers.unflatten(3, (-1, self.value_group))
-        grouped.mul_(self.value_scale[:, heads, :tokens]).add_(self.value_minimum[:, heads, :tokens])
+        scale, minimum = self.value_ranges[:, heads, :, :tokens, None].transpose(2, 3).unbind(-1)
+        numbers.unflatten(3, (-1, self.value_group)).mul_(scale).add_(minimum)
         out.copy_(numbers)
 
     def advance(self, tokens: int) -> None:
@@ -516,13 +515,13 @@ def _numbers(codes: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return bits.view(torch.float32).mul_(2.0**120)
 
 
-def _quantize(states: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes (uint8) along groups in dimension `dim`, with the float16 scale and minimum that decode them."""
+def _quantize(states: torch.Tensor, dim: int, bits: int, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (uint8) along groups in dimension `dim`, and in its stead the scale and minimum of type `kind`, last."""
     low, high = torch.aminmax(states.float(), dim=dim, keepdim=True)
-    minimum = low.half()
-    scale = ((high - minimum.float()) / (2**bits - 1)).clamp(min=2**-20).half()
+    minimum = low.to(kind)
+    scale = ((high - minimum.float()) / (2**bits - 1)).clamp(min=2**-20).to(kind)
     codes = ((states.float() - minimum.float()) / scale.float()).round_().clamp_(0, 2**bits - 1)
-    return codes.to(torch.uint8), scale, minimum
+    return codes.to(torch.uint8), torch.stack([scale, minimum], dim=-1).squeeze(dim)
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
