@@ -601,13 +601,14 @@ def _rivals(
 ) -> dict[int, list[Configuration]]:
     """What is measured again beside the chosen, per context.
 
-    What the search found as fast and simpler things that it never measured, in turns: one for each context where there
-    is time for one turn before the `end`, more where there is for all turns within `until`.
+    What the search found as fast and what it never measured there, in turns: one for each context where there is time
+    for one turn before the `end`, more where there is for all turns within `until`.
     """
     offers = {}
     for context, leader in chosen.items():
         known = rivals(list(search.known.values()), leader, context, search.workload.objective)
-        mixed = zip_longest(known, _simpler(search, leader, context))
+        elsewhere = [c.at(context) for c in chosen.values() if c.load_group == leader.load_group]
+        mixed = zip_longest(known, _untried(search, leader, elsewhere, context))
         offers[context] = [c for pair in mixed for c in pair if c not in (None, baselines.get(context))]
     room, spent = [end - search.now(), *[(until - search.now()) / FINAL_ROUNDS] * (RIVALS - 1)], 0.0
     sides = [chosen, baselines] if chosen != baselines else [chosen]
@@ -624,14 +625,16 @@ def _rivals(
     return found
 
 
-def _simpler(search: Search, leader: Configuration, context: int) -> list[Configuration]:
-    """The leader with its cache, its chunks, its launch or all of them stock, the simplest first: what may be measured.
+def _untried(
+    search: Search, leader: Configuration, elsewhere: list[Configuration], context: int
+) -> list[Configuration]:
+    """The leader with its cache, its chunks, its launch or all of them stock, and what leads elsewhere; simplest first.
 
     What was measured, cannot fit or is not in the space is left out.
     """
     stock = {knob: getattr(Configuration(), knob) for knob in ("cache", "prefill_chunk", "launch")}
-    changed = {leader.replace(**stock), *(leader.replace(**{knob: word}) for knob, word in stock.items())} - {leader}
-    legal = [c for c in changed if search.space.parameters(c) is not None]
+    changed = {leader.replace(**stock), *(leader.replace(**{knob: word}) for knob, word in stock.items())}
+    legal = [c for c in {*changed, *elsewhere} - {leader} if search.space.parameters(c) is not None]
     new = [c for c in legal if _known(search, c, context) is None and not search.hopeless(c, context)]
     return sorted(new, key=lambda c: c.simplicity)
 

@@ -694,6 +694,19 @@ def test_what_cannot_fit_is_no_variant_and_chunks_that_a_prompt_fits_are_the_sam
     assert known.names[:3] == ["whole", "far", "plain?"]
 
 
+def test_what_leads_at_another_context_is_tried_here_too(tmp_path: Path) -> None:
+    search = Finals(tmp_path, 0.0).search
+    search.known.clear()
+    for configuration, context in ((FAR, 512), (LEADER, 1024), (FAR, 1024)):
+        rate = RATES[configuration]
+        search.known[configuration, context] = synthetic_record(configuration, context, (0.99 * rate, rate))
+    found = run._rivals(search, {512: FAR, 1024: LEADER}, {}, 1e6, 1e6)
+    assert [NAMES[c] for c in found[512]] == ["plain", "leader"]
+    assert [NAMES[c] for c in found[1024]] == ["plain", "chunks", "whole"]  # FAR was measured there, and is not near
+    reloading = run._rivals(search, {512: FAR, 1024: STOCK}, {}, 1e6, 1e6)
+    assert [NAMES[c] for c in reloading[512]] == ["plain"]
+
+
 def test_a_baseline_that_was_chosen_is_measured_once_a_turn(tmp_path: Path) -> None:
     assert Finals(tmp_path, 1000.0, chosen=STOCK).names == ["stock"] * 2
 
