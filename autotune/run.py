@@ -31,6 +31,7 @@ _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of 
 _TRIAL_S = 600.0  # the longest that one measurement may take
 _FEW = 2000  # pairs that are looked through one by one
 _LEARNT = 4  # measured peaks from which the plan is calibrated
+_GROWN = 1.1  # as often as there are so many times more, as the time that it takes grows with their square
 _SURE = 0.8  # probability of fitting below which a baseline waits until more is known
 _UNSURE = 0.3  # and then is not measured
 _UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
@@ -418,6 +419,7 @@ class Foresight:
         self.default = planning.DEFAULT[request.budget.device.partition(":")[0]]
         self.untaught = self.calibration = dataclasses.replace(self.default, base_bytes=base_bytes)
         self.pairs: list[tuple[Record, planning.Prediction]] = []
+        self.fitted = 0  # of the pairs, so many are in the calibration
         self.totals: dict[tuple[Configuration, int], int] = {}
 
     def learn(self, record: Record) -> None:
@@ -426,7 +428,8 @@ class Foresight:
             return
         prediction = self._predict(record.configuration, record.context_tokens, self.default)
         self.pairs.append((record, prediction))
-        if len(self.pairs) >= _LEARNT:
+        if len(self.pairs) >= max(_LEARNT, _GROWN * self.fitted):
+            self.fitted = len(self.pairs)
             self.calibration = planning.calibrate(self.pairs, self.request.budget.device)
 
     def predicted(self, configuration: Configuration, context: int) -> int:

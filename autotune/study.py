@@ -173,19 +173,28 @@ class Search:
 
     def hopeless(self, configuration: Configuration, context: int) -> str:
         """Why measuring it cannot change the answer: what is known of the same load or the same text, or the plan."""
+        return self.ruled_out(configuration, context) or self.fits(configuration, context)
+
+    def ruled_out(self, configuration: Configuration, context: int) -> str:
+        """The same by what was measured alone, which stays."""
+        same = configuration.at(context)
         for (other, at), record in self.known.items():
             if _did_not_load(record) and other.load_group == configuration.load_group:
                 return record.reason
-            if at == context and other != configuration and other.at(at) == configuration.at(at):
+            if at == context and other != configuration and other.at(at) == same:
                 return f"at {at} tokens the same as {other.differs_from(configuration)}"
             if at != context or record.outcome != "quality_loss" or other.quality_key != configuration.quality_key:
                 continue
             if other != configuration:
                 return record.reason
-        return self.too_large(configuration, context)
+        return self._outgrown(configuration, context)
 
     def too_large(self, configuration: Configuration, context: int) -> str:
-        """Why it cannot fit: what needs no more did not, or the plan says so.
+        """Why it cannot fit: what needs no more did not, or the plan says so."""
+        return self._outgrown(configuration, context) or self.fits(configuration, context)
+
+    def _outgrown(self, configuration: Configuration, context: int) -> str:
+        """Which record of what needs no more did not fit.
 
         What did not fit is a lower bound. It needs no more than the same configuration at a longer context, which holds
         all that a shorter one does, and no more than one with the same words that the plan puts at as much or more.
@@ -199,7 +208,7 @@ class Search:
                 continue
             if self.predicted(configuration, context) >= self.predicted(other, at):
                 return f"at {at} tokens, with what needs no more: {record.reason}"
-        return self.fits(configuration, context)
+        return ""
 
     def _measured(self, configuration: Configuration, context: int, stage: str) -> Record:
         trial = None
@@ -240,8 +249,8 @@ class Outlook:
         self.resident: LoadGroup | None = None
         self.centres: set[Configuration] = set()
         self.room: Any = np.zeros(0)  # per pair: ln(budget / predicted)
-        self.out: Any = np.zeros(0, bool)  # known, or of a load group that does not load
-        self.doubted: Any = np.zeros(0, bool)  # hopeless by what is known so far
+        self.out: Any = np.zeros(0, bool)  # known, or ruled out by what is
+        self.doubted: Any = np.zeros(0, bool)  # predicted, as far as is known, not to fit
         whole = list(islice(search.space.configurations(), _POOL + 1))
         self.whole = len(whole) <= _POOL
         self._extend(whole if self.whole else [*search.first, *self._drawn(_DRAWN)])
@@ -311,12 +320,16 @@ class Outlook:
             self._explore()
         while True:
             scores = np.where(self.out | self.doubted, -np.inf, self._scores())
-            before = int(self.doubted.sum())
+            before = int((self.out | self.doubted).sum())
             while scores[at := int(np.argmax(scores))] > -np.inf:
-                if not self.search.hopeless(*self.pool.pairs[at]):
+                scores[at] = -np.inf
+                if self.search.ruled_out(*self.pool.pairs[at]):
+                    self.out[at] = True
+                elif self.search.fits(*self.pool.pairs[at]):
+                    self.doubted[at] = True
+                else:
                     return self.pool.pairs[at]
-                self.doubted[at], scores[at] = True, -np.inf
-            if self.doubted.sum() == before and (self.whole or not self._more()):
+            if (self.out | self.doubted).sum() == before and (self.whole or not self._more()):
                 return None
 
     def _explore(self) -> None:

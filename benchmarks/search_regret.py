@@ -32,6 +32,8 @@ import gzip
 import importlib.util
 import json
 import math
+import multiprocessing
+import os
 import random
 import statistics
 import time
@@ -610,7 +612,7 @@ def table(rows: list[dict[str, Any]], contexts: list[int], shares: tuple[float, 
 @click.option("--shares", default=",".join(map(str, SHARES)), show_default=True, help="of the exhaustive cost")
 @click.option("--seeds", default=20, show_default=True)
 @click.option("--methods", default=",".join([SEARCH, *BASELINES]), show_default=True)
-@click.option("--jobs", default=1, show_default=True, help="processes")
+@click.option("--jobs", default=1, show_default=True, help="processes, a core each")
 def main(path: Path, budgets: str | None, shares: str, seeds: int, methods: str, jobs: int) -> None:
     """The search beside other methods on a recorded sweep; the last line is one JSON object.
 
@@ -645,7 +647,8 @@ def main(path: Path, budgets: str | None, shares: str, seeds: int, methods: str,
     tasks = [(method, size, seed) for method in asked for size in sizes for seed in range(seeds)]
     work = partial(replayed, path, steps)
     rows: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(jobs) as pool:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each process that is spawned
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for number, found in enumerate(pool.map(work, tasks) if jobs > 1 else map(work, tasks), 1):
             rows += found
             click.echo(f"{number}/{len(tasks)} {found[0]['method']} {found[-1]['own_s']:.1f} s", err=True)
