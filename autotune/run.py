@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from . import __version__, references
 from . import plan as planning
 from .config import HEAD_WEIGHTS, Configuration, Record, Workload, mib
+from .earlier import Earlier, earlier_runs, learnt_from
 from .policy import Policy, best_group, choose, make_policy, settle, speedup, write_policy
 from .report import write_report
 from .report_view import RunData
@@ -381,6 +382,13 @@ def _search(
         return trials.measure(configuration, context, timeout_s=min(_TRIAL_S, left), stage=stage, bar=bar)
 
     foresight = Foresight(request, shapes, info["environment"]["base_bytes"])
+    earlier: tuple[Earlier, ...] = ()
+    if request.warm_start:
+        earlier, left_out = earlier_runs(request.out, info, space, foresight.predicted)
+        watch.note(learnt_from(earlier, left_out))
+    for run in earlier:
+        for record in run.records if run.same else ():
+            foresight.learn(record, run.new_tokens)
     search = Search(
         space=space,
         workload=request.workload,
@@ -392,6 +400,7 @@ def _search(
         max_trials=request.trials,
         seed=request.seed,
         first=tuple(space.seeds()),
+        earlier=earlier,
         predicted=foresight.predicted,
     )
 
@@ -422,11 +431,11 @@ class Foresight:
         self.fitted = 0  # of the pairs, so many are in the calibration
         self.totals: dict[tuple[Configuration, int], int] = {}
 
-    def learn(self, record: Record) -> None:
+    def learn(self, record: Record, new_tokens: int | None = None) -> None:
         """A measured peak corrects the predictions that follow."""
         if record.peak_bytes is None:
             return
-        prediction = self._predict(record.configuration, record.context_tokens, self.default)
+        prediction = self._predict(record.configuration, record.context_tokens, self.default, new_tokens)
         self.pairs.append((record, prediction))
         if len(self.pairs) >= max(_LEARNT, _GROWN * self.fitted):
             self.fitted = len(self.pairs)
@@ -448,14 +457,18 @@ class Foresight:
         return f"predicted {mib(predicted)}, over the budget of {mib(self.request.budget.bytes)}"
 
     def _predict(
-        self, configuration: Configuration, context: int, calibration: planning.Calibration
+        self,
+        configuration: Configuration,
+        context: int,
+        calibration: planning.Calibration,
+        new_tokens: int | None = None,
     ) -> planning.Prediction:
         return planning.predict(
             self.shapes[str(self.request.model)],
             self.shapes.get(configuration.draft),
             configuration,
             context,
-            self.request.workload.new_tokens,
+            new_tokens or self.request.workload.new_tokens,
             self.request.budget.device,
             calibration,
         )

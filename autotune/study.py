@@ -28,6 +28,7 @@ import optuna
 from optuna.trial import TrialState
 
 from .config import Budget, Configuration, LoadGroup, Record, Workload
+from .earlier import Earlier
 from .results import RECORD, RunError, open_storage
 from .space import Space
 from .surrogate import Pool, below, footprint_belief, improvement, rate_belief, sound_belief
@@ -48,6 +49,9 @@ _OVER = 0.03  # ln(peak) by which what ran out of memory is taken to have been o
 _UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group does not serve counts as
 _POSSIBLE = 0.1  # probability of being feasible below which a load group does not hope to serve a context
 _LIKELY = 0.5  # probability of being feasible below which a look is put off
+_EARLIER = {True: 0.1, False: 0.2}  # by which ln(rate) of an earlier run may be off; for another model: more
+_SHIFT = 0.5  # by which all of it may be
+_NEAR = 0.5  # octaves between its context and one of this run's
 _SHARED = 2.0  # of a load, in looks at every context, is laid on the look that begins it
 
 
@@ -128,6 +132,7 @@ class Search:
     seed: int = 0
     first: tuple[Configuration, ...] = ()  # what experience says may win
     known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
+    earlier: tuple[Earlier, ...] = ()  # runs to learn from
     predicted: Callable[[Configuration, int], int] | None = None  # the footprint, uncalibrated, in bytes
     on_record: Callable[[Record], None] = lambda record: None
     now: Callable[[], float] = lambda: time.monotonic()
@@ -254,6 +259,34 @@ class Outlook:
         whole = list(islice(search.space.configurations(), _POOL + 1))
         self.whole = len(whole) <= _POOL
         self._extend(whole if self.whole else [*search.first, *self._drawn(_DRAWN)])
+        if search.earlier:
+            self._inform()
+
+    def _inform(self) -> None:
+        """Expect what earlier runs measured, each at the nearest of this run's contexts."""
+        search = self.search
+        self._extend(record.configuration for run in search.earlier for record in run.records)
+        rates: list[list[tuple[int, float, float]]] = []
+        peaks: list[tuple[int, float, float]] = []
+        sound: list[tuple[int, float, float]] = []
+        for run in search.earlier:
+            rates.append([])
+            for record in run.records:
+                context = min(self.contexts, key=lambda c: abs(math.log2(c / record.context_tokens)))
+                if abs(math.log2(context / record.context_tokens)) > _NEAR:
+                    continue
+                at = self.pool.index[record.configuration, context]
+                if record.tokens_per_s and record.ttft_s and record.decode_tokens_per_s:
+                    off = math.hypot(_EARLIER[run.same], record.spread or 0.0)
+                    rates[-1].append((at, math.log(record.rate(search.workload.objective)), off))
+                if run.same and record.peak_bytes and search.predicted is not None:
+                    said = search.predicted(record.configuration, record.context_tokens)
+                    peaks.append((at, math.log(record.peak_bytes / said), 0.01))
+                if run.same and record.outcome in ("ok", "over_budget", "quality_loss", "unsupported"):
+                    sound.append((at, float(record.outcome in ("ok", "over_budget")), 0.3))
+        self.rate.inform(rates, _SHIFT)
+        self.footprint.inform([peaks], 0.0)
+        self.sound.inform([sound], 0.0)
 
     def _drawn(self, count: int) -> list[Configuration]:
         return [self.search.space.suggest(Drawn(self.random)) for _ in range(count)]

@@ -103,12 +103,6 @@ def trials_of(folder: Path, context: int) -> list[optuna.trial.FrozenTrial]:
 
 
 @pytest.fixture
-def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For long searches whose storage nobody opens again."""
-    monkeypatch.setattr("autotune.study.open_storage", lambda url: optuna.storages.InMemoryStorage())
-
-
-@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that moves only when it is told to."""
     now = SimpleNamespace(s=0.0)
