@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -13,6 +14,7 @@ from autotune import trial
 from autotune.config import MIB, Budget, Configuration, Record, Workload
 from autotune.demo import DRAFT, held_out_text
 from autotune.trial import Inputs, OurBug, Trials, WorkerFailed, WorkerProcess
+from autotune.worker import Worker
 
 FAULTY = Path(__file__).with_name("faulty_worker.py")
 CONTEXTS = (64, 3072)
@@ -154,6 +156,13 @@ def test_what_a_larger_measurement_left_is_not_counted_as_the_next_ones(trials: 
     assert before is not None
     assert after is not None
     assert after < before + ROOM // 4
+
+
+def test_recorded_steps_of_the_last_measurement_are_gone_before_peaks_begin() -> None:
+    worker = Mock()
+    Worker.begin(worker)
+    assert worker.mock_calls == [call.engine.close(), call.meter.begin()]
+    Worker.begin(Mock(engine=None))  # nothing was loaded
 
 
 def test_memory_beside_the_allocator_that_stays_is_over_budget(trials: Trials, plant: Plant) -> None:
