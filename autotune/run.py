@@ -47,6 +47,7 @@ class Watch(Protocol):
     def note(self, text: str) -> None: ...
     def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
     def record(self, record: Record) -> None: ...
+    def gain(self, open_share: float) -> None: ...
 
 
 class NothingFits(Exception):
@@ -73,7 +74,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             search.baseline(candidates, sure=_SURE)
             watch.note(_dropped(space))
             search.run()
-            watch.note(_coverage(search))
+            watch.note(_coverage(search) + _ended(request, info, search))
             chosen, baselines = _finalists(search, candidates, request.reloads)
             _finals(search, trials, chosen, baselines, watch, request.started + request.timeout_s)
             chosen |= _boundaries(request, search, trials, info, chosen, baselines, watch)
@@ -375,6 +376,8 @@ def _search(
     end = request.started + request.timeout_s
 
     def measure(configuration: Configuration, context: int, stage: str) -> Record:
+        if stage == "search" and search.open is not None:
+            watch.gain(search.open)
         watch.trial(configuration, context, stage)
         left = max(30.0, end - search.now())
         best = [r.tokens_per_s or 0 for (_, at), r in search.known.items() if at == context and r.outcome == "ok"]
@@ -517,6 +520,15 @@ def _coverage(search: Search) -> str:
         hopeless = sum(bool(search.hopeless(*pair)) for pair in left)
         text += f"; {hopeless} more cannot fit or cannot differ"
     return text
+
+
+def _ended(request: Request, info: dict[str, Any], search: Search) -> str:
+    """What share of the possible gain was open when the search ended, which run.json keeps."""
+    if search.open is None:
+        return ""
+    info["open_gain"] = round(search.open, 4)
+    _write(request.out / "run.json", info)
+    return f"; stopped with about {search.open:.0%} of the gain open"
 
 
 def _dropped(space: Space) -> str:

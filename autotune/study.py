@@ -45,9 +45,10 @@ _DRAWN = 1000  # configurations of a larger one that are drawn at a time
 _CENTRES = 2  # of the fastest at a context whose neighbours are weighed as well
 _UNLIKE = 0.08  # ln(rate) that each knob which experience would set otherwise is expected to cost
 _SOUND = 0.9  # of the configurations, before any is known
-_OVER = 0.03  # ln(peak) by which what ran out of memory is taken to have been over the budget
 _UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group does not serve counts as
 _POSSIBLE = 0.1  # probability of being feasible below which a load group does not hope to serve a context
+_RISK = 0.1  # of the looks may go over the budget
+_CREDIT = 0.5  # of one that does, to begin with
 _LIKELY = 0.5  # probability of being feasible below which a look is put off
 _EARLIER = {True: 0.1, False: 0.2}  # by which ln(rate) of an earlier run may be off; for another model: more
 _SHIFT = 0.5  # by which all of it may be
@@ -172,6 +173,11 @@ class Search:
     def _outlook(self) -> Outlook:
         return Outlook(self)
 
+    @property
+    def open(self) -> float | None:
+        """The share of the possible gain that was open when the last pair was chosen; None while nobody knows."""
+        return self._outlook.open
+
     def _next(self) -> tuple[Configuration, int] | None:
         """The pair with the most to expect of the time that it takes, or None if none is left."""
         return self._outlook.best()
@@ -253,6 +259,10 @@ class Outlook:
         self.learnt: set[tuple[Configuration, int]] = set()
         self.resident: LoadGroup | None = None
         self.centres: set[Configuration] = set()
+        self.worth: Any = np.zeros(0)  # per pair: the gain in the policy's ln(rate) that a look may bring
+        self.standing: dict[int, float] = {}  # ln(rate) of the leading load group
+        self.open: float | None = None
+        self.served = False  # whether the leading load group is measured wherever it can serve
         self.room: Any = np.zeros(0)  # per pair: ln(budget / predicted)
         self.out: Any = np.zeros(0, bool)  # known, or ruled out by what is
         self.doubted: Any = np.zeros(0, bool)  # predicted, as far as is known, not to fit
@@ -329,7 +339,7 @@ class Outlook:
             if search.predicted is not None and record.peak_bytes:
                 self.footprint.observe(at, math.log(record.peak_bytes / search.predicted(*pair)))
             elif search.predicted is not None and record.outcome == "out_of_memory":
-                self.footprint.observe(at, max(self.footprint.mean[at], self.room[at] + _OVER))
+                self.footprint.exceed(at, self.room[at])
             if _did_not_load(record):
                 self.out |= self.group == self.group[at]
             self.resident = None if record.reason.startswith(_LOADING) else record.configuration.load_group
@@ -352,8 +362,11 @@ class Outlook:
         if not self.whole:
             self._explore()
         while True:
-            scores = np.where(self.out | self.doubted, -np.inf, self._scores())
-            before = int((self.out | self.doubted).sum())
+            closed = self.out | self.doubted
+            scores, least = self._scores(), self._least(closed)
+            self.open = self._open(closed)
+            scores[closed | (self._chances() < least)] = -np.inf
+            before = int(closed.sum())
             while scores[at := int(np.argmax(scores))] > -np.inf:
                 scores[at] = -np.inf
                 if self.search.ruled_out(*self.pool.pairs[at]):
@@ -362,8 +375,42 @@ class Outlook:
                     self.doubted[at] = True
                 else:
                     return self.pool.pairs[at]
-            if (self.out | self.doubted).sum() == before and (self.whole or not self._more()):
+            ended = least == math.inf or self.whole
+            if (self.out | self.doubted).sum() == before and (ended or not self._more()):
                 return None
+
+    def _open(self, closed: Any) -> float | None:
+        """The share of the possible gain that is still open, 0 to 1; None before a load group is measured throughout.
+
+        Open is what one more look at each context is expected to add to the policy's ln(rate); the possible gain is
+        that and what the leading load group has gained over the baselines, or over what was measured first instead.
+        """
+        search = self.search
+        if not self.served or not len(self.worth):
+            return None
+        worth = np.where(closed, 0.0, self.worth)
+        more = sum(float(worth[self.context == c].max(initial=0.0)) for c in range(len(self.contexts)))
+        began: dict[int, float] = {}
+        rated = [(at, r) for (_, at), r in search.known.items() if at in self.contexts and r.tokens_per_s is not None]
+        for context, record in sorted(rated, key=lambda item: item[1].stage != "baseline"):
+            began.setdefault(context, math.log(max(record.rate(search.workload.objective), 1e-9)))
+        gains = [top - began[context] for context, top in self.standing.items() if top > -np.inf]
+        made = max(float(sum(gains)) / len(self.contexts), 0.0)
+        return more / (more + made) if more > 0 else 0.0
+
+    def _least(self, closed: Any) -> float:
+        """The least probability of fitting that a look must have, so that about a tenth of all go over the budget.
+
+        Each look allows for a tenth of one that does not fit, and begins with one whole. Where no pair is as sure as
+        that, the surest are looked at, unless every context is served and even they are not likely to fit.
+        """
+        search, open_ = self.search, self._chances()[~closed]
+        if search.predicted is None or not len(open_):
+            return 0.0
+        over = sum(record.outcome in _TOO_LARGE for record in search.known.values())
+        least = min(over + 1 - _RISK * (len(search.known) + 1) - _CREDIT, 1 - _RISK)
+        surest = float(open_.max())
+        return math.inf if self.served and surest < min(least, _LIKELY) else min(least, surest)
 
     def _explore(self) -> None:
         """Bring what differs in one knob from the best of each context into the pool."""
@@ -405,14 +452,22 @@ class Outlook:
         middle = np.where(held, standing, sure * mean[top] + (1 - sure) * floor)
         leader = int(middle.sum(axis=1).argmax())
         missing = np.flatnonzero(usable[leader])
+        self.served = not len(missing)
+        self.worth = np.zeros(0)
         if len(missing):  # a policy needs all of its contexts: what may fail first, else what is looked at soonest
             at = top[leader, min(missing, key=lambda c: (round(sure[leader, c], 1), seconds[top[leader, c]]))]
             return np.where(np.arange(len(mean)) == at, 1.0, np.where(open_, 1e-3 * promise - seconds, -np.inf))
+        # what it is worth if all of the group's contexts fit, times the probability that they do
+        hope = np.where(held, standing, np.where(usable, mean[top], floor))
         spread = np.where(usable, deviation[top], 0.0)
-        gain = (middle.mean(axis=1) - middle[leader].mean())[self.group]
-        gain += (mean - middle[self.group, self.context]) / count
+        gain = (hope.mean(axis=1) - middle[leader].mean())[self.group]
+        gain += (mean - hope[self.group, self.context]) / count
         unsure = (spread.sum(axis=1)[self.group] - spread[self.group, self.context] + deviation) / count
-        scores = chance * improvement(gain, unsure) / seconds
+        needed = np.where(usable, chance[top], 1.0)
+        others = np.stack([np.delete(needed, c, axis=1).min(axis=1, initial=1.0) for c in range(count)], axis=1)
+        self.worth = np.minimum(chance, others[self.group, self.context]) * improvement(gain, unsure)
+        self.standing = dict(zip(self.contexts, standing[leader], strict=True))
+        scores = self.worth / seconds
         scores[chance < _LIKELY] *= 0.1
         scores[~held[self.group, self.context] & (top[self.group, self.context] != np.arange(len(mean)))] = 0.0
         if scores[open_].max(initial=0.0) < 1e-12:

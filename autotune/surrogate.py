@@ -85,6 +85,20 @@ class Belief:
         self.rows.append(row)
         self.observed.append((at, value, spread))
 
+    def exceed(self, at: int, least: float) -> None:
+        """The posterior after a value of which is known only that it lies above `least`.
+
+        What is observed instead is what leaves this pair the mean and variance of the truncated normal distribution.
+        """
+        mean, deviation = self.mean[at], math.sqrt(self.variance[at])
+        z = (least - mean) / deviation
+        tail = math.erfc(z / math.sqrt(2)) / 2
+        hazard = math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) / tail if tail > 1e-12 else z + 1 / max(z, 1.0)
+        left = max(1 - hazard * (hazard - z), 1e-3)  # of the variance
+        noise = deviation**2 * left / max(1 - left, 1e-9)
+        value = mean + deviation * hazard / max(1 - left, 1e-9)
+        self.observe(at, value, math.sqrt(max(noise - self.noise**2, 0.0)))
+
     def _covariance(self, at: int) -> Floats:
         alike, near = self.pool.alike(at)
         effects = alike @ self.weights + self.together**2 * np.exp(-1.0 * (1 - alike).sum(axis=1))
@@ -150,7 +164,7 @@ def rate_belief() -> Belief:
 
 def footprint_belief() -> Belief:
     """Of ln(peak / predicted): by 3 % for all, by 2 % for a word."""
-    return Belief(0.03, 0.0, dict.fromkeys(_KNOBS, 0.02), 0.01, 0.004)
+    return Belief(0.03, 0.0, dict.fromkeys(_KNOBS, 0.02) | {"depth": 0.005}, 0.01, 0.004)
 
 
 def sound_belief() -> Belief:

@@ -330,6 +330,7 @@ class Quiet:
     def phase(self, text: str) -> None: ...
     def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
     def record(self, record: Record) -> None: ...
+    def gain(self, open_share: float) -> None: ...
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -587,6 +588,14 @@ def test_an_earlier_run_calibrates_the_plan_unless_it_shall_not(tmp_path: Path, 
     largest = max(record.peak_bytes or 0 for record in sizes)
     search.fits.__self__.request.budget = Budget(round(0.95 * largest))  # type: ignore[attr-defined]
     assert bool(search.fits(sizes[-1].configuration, 64)) == warm_start
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.0416, "; stopped with about 4% of the gain open"), (None, "")])
+def test_a_run_keeps_what_share_of_the_gain_it_left_open(tmp_path: Path, share: float | None, text: str) -> None:
+    request, info = Mock(out=tmp_path), {"seed": 0}
+    assert run._ended(request, info, Mock(open=share)) == text
+    kept = json.loads((tmp_path / "run.json").read_text()) if share else {"seed": 0}
+    assert kept == info == {"seed": 0} | ({"open_gain": share} if share else {})
 
 
 def test_the_run_says_how_much_of_the_space_it_measured_and_what_was_ruled_out(tmp_path: Path) -> None:
