@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,14 @@ def test_contexts_far_from_all_of_this_run_are_left_out(tmp_path: Path) -> None:
     assert set(CONTEXTS) == {64, 256}
     cold, warm = (search_in(tmp_path, MIXED, Fake(), earlier=runs)._outlook for runs in ((), (far,)))
     assert warm.rate.mean[warm.pool.index[BEST, 64]] == cold.rate.mean[cold.pool.index[BEST, 64]]
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_one_measurement_moves_all_that_an_earlier_run_on_a_slower_machine_said(tmp_path: Path) -> None:
+    search = search_in(tmp_path, MIXED, Fake(), earlier=(earlier_of(KNOWN, times=0.5),))
+    search.measured(KNOWN[1], 64)
+    outlook = search._outlook
+    outlook._learn()
+    for configuration in KNOWN:
+        expected = outlook.rate.mean[outlook.pool.index[configuration, 64]]
+        assert expected == pytest.approx(math.log(rate(configuration, 64)), abs=0.12)
