@@ -167,6 +167,12 @@ def _command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
 
 @_command("run")
 @_inputs
+@click.option(
+    "--warm-start/--no-warm-start",
+    default=True,
+    show_default=True,
+    help="Begin with what finished runs beside --out, of this model or one like it, let expect.",
+)
 def run(**options: Any) -> None:
     """Search, measure, and write a policy with its report. The same command again continues."""
     from rich.console import Console
@@ -436,6 +442,7 @@ def _request(options: dict[str, Any]) -> Request:
             storage=options["storage"],
             reloads=options["reloads"],
             seed=options["seed"],
+            warm_start=options.get("warm_start", False),
         )
     except PlanError as error:
         raise click.UsageError(str(error)) from None

@@ -496,7 +496,7 @@ def predict(
     slack = FRAGMENTS[kind] + _slack(target, c, context, tokens, prefill, activations, kv, draft_kv, kind)
     base = calibration.base_bytes + KERNELS[kind] + (INT8_KERNELS if (c.weights, kind) == ("bnb-int8", "cuda") else 0)
     fixed = base + weights + head + embeddings + drafted + kv + draft_kv
-    said = _corrected(calibration, c, fixed + activations + slack, kv + draft_kv + activations)
+    said = _corrected(calibration, _keys(c), fixed + activations + slack, kv + draft_kv + activations)
     movable = max(0, round(said) - fixed)  # a negative correction takes from these two
     activations = min(activations, movable)
     owners = {
@@ -755,15 +755,29 @@ def calibrate(pairs: Iterable[tuple[Record, Prediction]], device: str) -> Calibr
     Afterwards no record's prediction is below its measured peak. Records that failed are not used.
     """
     kind = device.partition(":")[0]
-    kept = [(r, p) for r, p in pairs if r.outcome in _COMPLETED and r.peak_bytes]
+    kept = [_point(r, p) for r, p in pairs if r.outcome in _COMPLETED and r.peak_bytes]
     fitted = _fit(kept, kind)
     errors = []
-    for i, (record, prediction) in enumerate(kept if len(kept) > 1 else ()):
-        others = _fit(kept[:i] + kept[i + 1 :], kind, _keys(record.configuration))
-        whole = prediction.total + others.base_bytes - DEFAULT[kind].base_bytes
-        said = _corrected(others, record.configuration, whole, _moving(prediction))
-        errors.append(abs(said / (record.peak_bytes or 1) - 1))
+    for i, point in enumerate(kept if len(kept) > 1 else ()):
+        others = _fit(kept[:i] + kept[i + 1 :], kind, point.keys)
+        whole = point.predicted + others.base_bytes - DEFAULT[kind].base_bytes
+        errors.append(abs(_corrected(others, point.keys, whole, point.moving) / point.peak - 1))
     return dataclasses.replace(fitted, error=_high(errors) if errors else None)
+
+
+class _Point(NamedTuple):
+    """A record beside what was predicted of it, in bytes."""
+
+    keys: tuple[str, ...]
+    moving: int
+    predicted: int
+    peak: int
+    base: int  # 0 where it was not measured
+
+
+def _point(record: Record, prediction: Prediction) -> _Point:
+    keys, moving = _keys(record.configuration), _moving(prediction)
+    return _Point(keys, moving, prediction.total, record.peak_bytes or 0, record.base_bytes or 0)
 
 
 def _keys(configuration: Configuration) -> tuple[str, ...]:
@@ -776,21 +790,22 @@ def _moving(prediction: Prediction) -> int:
     return sum(prediction.owners[owner] for owner in ("kv_cache", "draft_kv_cache", "activations"))
 
 
-def _fit(pairs: Sequence[tuple[Record, Prediction]], kind: str, wanted: tuple[str, ...] | None = None) -> Calibration:
+def _fit(points: Sequence[_Point], kind: str, wanted: tuple[str, ...] | None = None) -> Calibration:
     """Without the error; only the corrections under the `wanted` keys where those are given."""
     default = DEFAULT[kind].base_bytes
-    base = max((r.base_bytes for r, _ in pairs if r.base_bytes), default=default)
+    base = max((point.base for point in points if point.base), default=default)
     kinds: dict[str, list[tuple[int, int, int]]] = {}  # the moving bytes, the whole prediction and the truth
-    for record, prediction in pairs:
-        point = _moving(prediction), prediction.total + base - default, record.peak_bytes or 0
-        for key in _keys(record.configuration):
-            kinds.setdefault(key, []).append(point)
-    share = _common_share([points for key, points in kinds.items() if " " in key])
+    for point in points:
+        figures = point.moving, point.predicted + base - default, point.peak
+        for key in point.keys:
+            if " " in key or wanted is None or key in wanted:
+                kinds.setdefault(key, []).append(figures)
+    share = _common_share([like for key, like in kinds.items() if " " in key])
     corrections = {}
-    for key, points in kinds.items():
+    for key, like in kinds.items():
         if wanted is None or key in wanted:
-            offset = sum(peak - said - share * moving for moving, said, peak in points) / len(points)
-            above = max(peak / max(1.0, said + share * moving + offset) for moving, said, peak in points)
+            offset = sum(peak - said - share * moving for moving, said, peak in like) / len(like)
+            above = max(peak / max(1.0, said + share * moving + offset) for moving, said, peak in like)
             corrections[key] = offset, above - 1 + SPREAD[kind]
     return Calibration(base, share, corrections)
 
@@ -810,9 +825,8 @@ def _high(values: Sequence[float]) -> float:
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
-def _corrected(calibration: Calibration, configuration: Configuration, said: int, moving: int) -> float:
-    keys = (key for key in _keys(configuration) if key in calibration.corrections)
-    offset, above = next((calibration.corrections[key] for key in keys), (0.0, 0.0))
+def _corrected(calibration: Calibration, keys: tuple[str, ...], said: int, moving: int) -> float:
+    offset, above = next((calibration.corrections[key] for key in keys if key in calibration.corrections), (0.0, 0.0))
     return (said + calibration.share * moving + offset) * (1 + above)
 
 

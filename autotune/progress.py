@@ -25,6 +25,7 @@ class Display:
         self.measured = 0
         self.now = ""
         self.doing = "starting"
+        self.open_share: float | None = None
         self.best: dict[int, Record] = {}
         self.live = Live(console=console, get_renderable=self._table, refresh_per_second=4, transient=True)
 
@@ -50,7 +51,11 @@ class Display:
     def trial(self, configuration: Configuration, context: int, stage: str) -> None:
         self.now = f"{context} tokens: {describe(configuration)}"
         if not self.console.is_terminal:
-            self._line(f"#{self.measured + 1} {stage} at {self.now}")
+            self._line(f"#{self.measured + 1} {stage} at {self.now}{self._open()}")
+
+    def gain(self, open_share: float) -> None:
+        """The share of the possible gain that is still open, as study.Outlook expects it."""
+        self.open_share = open_share
 
     def record(self, record: Record) -> None:
         self.measured += 1
@@ -70,6 +75,9 @@ class Display:
             figures += f", task F1 {record.task_f1:.0%}"
         return figures if record.outcome == "ok" else f"{record.outcome}: {record.reason} ({figures})"
 
+    def _open(self) -> str:
+        return "" if self.open_share is None else f" ({self.open_share:.0%} of the gain open)"
+
     def _line(self, text: str) -> None:
         spent = int(time.monotonic() - self.began)
         self.console.print(
@@ -83,7 +91,7 @@ class Display:
         table.add_row(
             Text(f"trial {self.measured + 1}", style="bold"), Text(self.now), Text(f"{left // 60}:{left % 60:02d} left")
         )
-        table.add_row("", Text(self.doing, style="dim"))
+        table.add_row("", Text(f"{self.doing}{self._open()}", style="dim"))
         for context, record in sorted(self.best.items()):
             table.add_row(f"best at {context}", Text(f"{self._result(record)}  {describe(record.configuration)}"))
         return table

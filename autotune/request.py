@@ -29,6 +29,7 @@ class Request:
     storage: str | None = None
     reloads: bool = False  # whether each context may have a load group of its own
     seed: int = 0
+    warm_start: bool = True  # whether to learn from finished runs in the folders beside `out`
     started: float = field(default_factory=time.monotonic)
 
     @property

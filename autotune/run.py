@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from . import __version__, references
 from . import plan as planning
 from .config import HEAD_WEIGHTS, Configuration, Record, Workload, mib
+from .earlier import Earlier, earlier_runs, learnt_from
 from .policy import Policy, best_group, choose, make_policy, near, rivals, settle, speedup, tied, write_policy
 from .report import write_report
 from .report_view import RunData
@@ -33,6 +34,7 @@ _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of 
 _TRIAL_S = 600.0  # the longest that one measurement may take
 _FEW = 2000  # pairs that are looked through one by one
 _LEARNT = 4  # measured peaks from which the plan is calibrated
+_GROWN = 1.1  # as often as there are so many times more, as the time that it takes grows with their square
 _SURE = 0.8  # probability of fitting below which a baseline waits until more is known
 _UNSURE = 0.3  # and then is not measured
 _UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
@@ -47,6 +49,7 @@ class Watch(Protocol):
     def note(self, text: str) -> None: ...
     def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
     def record(self, record: Record) -> None: ...
+    def gain(self, open_share: float) -> None: ...
 
 
 class NothingFits(Exception):
@@ -73,7 +76,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             search.baseline(candidates, sure=_SURE)
             watch.note(_dropped(space))
             search.run()
-            watch.note(_coverage(search))
+            watch.note(_coverage(search) + _ended(request, info, search))
             chosen, baselines = _finalists(search, candidates, request.reloads)
             end = request.started + request.timeout_s
             until = min(end, search.now() + FINAL_SHARE * request.timeout_s)
@@ -377,6 +380,8 @@ def _search(
     end = request.started + request.timeout_s
 
     def measure(configuration: Configuration, context: int, stage: str) -> Record:
+        if stage == "search" and search.open is not None:
+            watch.gain(search.open)
         watch.trial(configuration, context, stage)
         left = max(30.0, end - search.now())
         best = [r.tokens_per_s or 0 for (_, at), r in search.known.items() if at == context and r.outcome == "ok"]
@@ -384,6 +389,13 @@ def _search(
         return trials.measure(configuration, context, timeout_s=min(_TRIAL_S, left), stage=stage, bar=bar)
 
     foresight = Foresight(request, shapes, info["environment"]["base_bytes"])
+    earlier: tuple[Earlier, ...] = ()
+    if request.warm_start:
+        earlier, left_out = earlier_runs(request.out, info, space, foresight.predicted)
+        watch.note(learnt_from(earlier, left_out))
+    for run in earlier:
+        for record in run.records if run.same else ():
+            foresight.learn(record, run.new_tokens)
     search = Search(
         space=space,
         workload=request.workload,
@@ -395,6 +407,7 @@ def _search(
         max_trials=request.trials,
         seed=request.seed,
         first=tuple(space.seeds()),
+        earlier=earlier,
         predicted=foresight.predicted,
     )
 
@@ -422,15 +435,17 @@ class Foresight:
         self.default = planning.DEFAULT[request.budget.device.partition(":")[0]]
         self.untaught = self.calibration = dataclasses.replace(self.default, base_bytes=base_bytes)
         self.pairs: list[tuple[Record, planning.Prediction]] = []
+        self.fitted = 0  # of the pairs, so many are in the calibration
         self.totals: dict[tuple[Configuration, int], int] = {}
 
-    def learn(self, record: Record) -> None:
+    def learn(self, record: Record, new_tokens: int | None = None) -> None:
         """A measured peak corrects the predictions that follow."""
         if record.peak_bytes is None:
             return
-        prediction = self._predict(record.configuration, record.context_tokens, self.default)
+        prediction = self._predict(record.configuration, record.context_tokens, self.default, new_tokens)
         self.pairs.append((record, prediction))
-        if len(self.pairs) >= _LEARNT:
+        if len(self.pairs) >= max(_LEARNT, _GROWN * self.fitted):
+            self.fitted = len(self.pairs)
             self.calibration = planning.calibrate(self.pairs, self.request.budget.device)
 
     def predicted(self, configuration: Configuration, context: int) -> int:
@@ -449,14 +464,18 @@ class Foresight:
         return f"predicted {mib(predicted)}, over the budget of {mib(self.request.budget.bytes)}"
 
     def _predict(
-        self, configuration: Configuration, context: int, calibration: planning.Calibration
+        self,
+        configuration: Configuration,
+        context: int,
+        calibration: planning.Calibration,
+        new_tokens: int | None = None,
     ) -> planning.Prediction:
         return planning.predict(
             self.shapes[str(self.request.model)],
             self.shapes.get(configuration.draft),
             configuration,
             context,
-            self.request.workload.new_tokens,
+            new_tokens or self.request.workload.new_tokens,
             self.request.budget.device,
             calibration,
         )
@@ -509,6 +528,15 @@ def _coverage(search: Search) -> str:
         hopeless = sum(bool(search.hopeless(*pair)) for pair in left)
         text += f"; {hopeless} more cannot fit or cannot differ"
     return text
+
+
+def _ended(request: Request, info: dict[str, Any], search: Search) -> str:
+    """What share of the possible gain was open when the search ended, which run.json keeps."""
+    if search.open is None:
+        return ""
+    info["open_gain"] = round(search.open, 4)
+    _write(request.out / "run.json", info)
+    return f"; stopped with about {search.open:.0%} of the gain open"
 
 
 def _dropped(space: Space) -> str:

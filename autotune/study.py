@@ -28,6 +28,7 @@ import optuna
 from optuna.trial import TrialState
 
 from .config import Budget, Configuration, LoadGroup, Record, Workload
+from .earlier import Earlier
 from .results import RECORD, RunError, open_storage
 from .space import Space
 from .surrogate import Pool, below, footprint_belief, improvement, rate_belief, sound_belief
@@ -44,10 +45,14 @@ _DRAWN = 1000  # configurations of a larger one that are drawn at a time
 _CENTRES = 2  # of the fastest at a context whose neighbours are weighed as well
 _UNLIKE = 0.08  # ln(rate) that each knob which experience would set otherwise is expected to cost
 _SOUND = 0.9  # of the configurations, before any is known
-_OVER = 0.03  # ln(peak) by which what ran out of memory is taken to have been over the budget
 _UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group does not serve counts as
 _POSSIBLE = 0.1  # probability of being feasible below which a load group does not hope to serve a context
+_RISK = 0.1  # of the looks may go over the budget
+_CREDIT = 0.5  # of one that does, to begin with
 _LIKELY = 0.5  # probability of being feasible below which a look is put off
+_EARLIER = {True: 0.1, False: 0.2}  # by which ln(rate) of an earlier run may be off; for another model: more
+_SHIFT = 0.5  # by which all of it may be
+_NEAR = 0.5  # octaves between its context and one of this run's
 _SHARED = 2.0  # of a load, in looks at every context, is laid on the look that begins it
 
 
@@ -128,6 +133,7 @@ class Search:
     seed: int = 0
     first: tuple[Configuration, ...] = ()  # what experience says may win
     known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
+    earlier: tuple[Earlier, ...] = ()  # runs to learn from
     predicted: Callable[[Configuration, int], int] | None = None  # the footprint, uncalibrated, in bytes
     on_record: Callable[[Record], None] = lambda record: None
     now: Callable[[], float] = lambda: time.monotonic()
@@ -167,25 +173,39 @@ class Search:
     def _outlook(self) -> Outlook:
         return Outlook(self)
 
+    @property
+    def open(self) -> float | None:
+        """The share of the possible gain that was open when the last pair was chosen; None while nobody knows."""
+        return self._outlook.open
+
     def _next(self) -> tuple[Configuration, int] | None:
         """The pair with the most to expect of the time that it takes, or None if none is left."""
         return self._outlook.best()
 
     def hopeless(self, configuration: Configuration, context: int) -> str:
         """Why measuring it cannot change the answer: what is known of the same load or the same text, or the plan."""
+        return self.ruled_out(configuration, context) or self.fits(configuration, context)
+
+    def ruled_out(self, configuration: Configuration, context: int) -> str:
+        """The same by what was measured alone, which stays."""
+        same = configuration.at(context)
         for (other, at), record in self.known.items():
             if _did_not_load(record) and other.load_group == configuration.load_group:
                 return record.reason
-            if at == context and other != configuration and other.at(at) == configuration.at(at):
+            if at == context and other != configuration and other.at(at) == same:
                 return f"at {at} tokens the same as {other.differs_from(configuration)}"
             if at != context or record.outcome != "quality_loss" or other.quality_key != configuration.quality_key:
                 continue
             if other != configuration:
                 return record.reason
-        return self.too_large(configuration, context)
+        return self._outgrown(configuration, context)
 
     def too_large(self, configuration: Configuration, context: int) -> str:
-        """Why it cannot fit: what needs no more did not, or the plan says so.
+        """Why it cannot fit: what needs no more did not, or the plan says so."""
+        return self._outgrown(configuration, context) or self.fits(configuration, context)
+
+    def _outgrown(self, configuration: Configuration, context: int) -> str:
+        """Which record of what needs no more did not fit.
 
         What did not fit is a lower bound. It needs no more than the same configuration at a longer context, which holds
         all that a shorter one does, and no more than one with the same words that the plan puts at as much or more.
@@ -199,7 +219,7 @@ class Search:
                 continue
             if self.predicted(configuration, context) >= self.predicted(other, at):
                 return f"at {at} tokens, with what needs no more: {record.reason}"
-        return self.fits(configuration, context)
+        return ""
 
     def _measured(self, configuration: Configuration, context: int, stage: str) -> Record:
         trial = None
@@ -239,12 +259,44 @@ class Outlook:
         self.learnt: set[tuple[Configuration, int]] = set()
         self.resident: LoadGroup | None = None
         self.centres: set[Configuration] = set()
+        self.worth: Any = np.zeros(0)  # per pair: the gain in the policy's ln(rate) that a look may bring
+        self.standing: dict[int, float] = {}  # ln(rate) of the leading load group
+        self.open: float | None = None
+        self.served = False  # whether the leading load group is measured wherever it can serve
         self.room: Any = np.zeros(0)  # per pair: ln(budget / predicted)
-        self.out: Any = np.zeros(0, bool)  # known, or of a load group that does not load
-        self.doubted: Any = np.zeros(0, bool)  # hopeless by what is known so far
+        self.out: Any = np.zeros(0, bool)  # known, or ruled out by what is
+        self.doubted: Any = np.zeros(0, bool)  # predicted, as far as is known, not to fit
         whole = list(islice(search.space.configurations(), _POOL + 1))
         self.whole = len(whole) <= _POOL
         self._extend(whole if self.whole else [*search.first, *self._drawn(_DRAWN)])
+        if search.earlier:
+            self._inform()
+
+    def _inform(self) -> None:
+        """Expect what earlier runs measured, each at the nearest of this run's contexts."""
+        search = self.search
+        self._extend(record.configuration for run in search.earlier for record in run.records)
+        rates: list[list[tuple[int, float, float]]] = []
+        peaks: list[tuple[int, float, float]] = []
+        sound: list[tuple[int, float, float]] = []
+        for run in search.earlier:
+            rates.append([])
+            for record in run.records:
+                context = min(self.contexts, key=lambda c: abs(math.log2(c / record.context_tokens)))
+                if abs(math.log2(context / record.context_tokens)) > _NEAR:
+                    continue
+                at = self.pool.index[record.configuration, context]
+                if record.tokens_per_s and record.ttft_s and record.decode_tokens_per_s:
+                    off = math.hypot(_EARLIER[run.same], record.spread or 0.0)
+                    rates[-1].append((at, math.log(record.rate(search.workload.objective)), off))
+                if run.same and record.peak_bytes and search.predicted is not None:
+                    said = search.predicted(record.configuration, record.context_tokens)
+                    peaks.append((at, math.log(record.peak_bytes / said), 0.01))
+                if run.same and record.outcome in ("ok", "over_budget", "quality_loss", "unsupported"):
+                    sound.append((at, float(record.outcome in ("ok", "over_budget")), 0.3))
+        self.rate.inform(rates, _SHIFT)
+        self.footprint.inform([peaks], 0.0)
+        self.sound.inform([sound], 0.0)
 
     def _drawn(self, count: int) -> list[Configuration]:
         return [self.search.space.suggest(Drawn(self.random)) for _ in range(count)]
@@ -287,7 +339,7 @@ class Outlook:
             if search.predicted is not None and record.peak_bytes:
                 self.footprint.observe(at, math.log(record.peak_bytes / search.predicted(*pair)))
             elif search.predicted is not None and record.outcome == "out_of_memory":
-                self.footprint.observe(at, max(self.footprint.mean[at], self.room[at] + _OVER))
+                self.footprint.exceed(at, self.room[at])
             if _did_not_load(record):
                 self.out |= self.group == self.group[at]
             self.resident = None if record.reason.startswith(_LOADING) else record.configuration.load_group
@@ -310,14 +362,55 @@ class Outlook:
         if not self.whole:
             self._explore()
         while True:
-            scores = np.where(self.out | self.doubted, -np.inf, self._scores())
-            before = int(self.doubted.sum())
+            closed = self.out | self.doubted
+            scores, least = self._scores(), self._least(closed)
+            self.open = self._open(closed)
+            scores[closed | (self._chances() < least)] = -np.inf
+            before = int(closed.sum())
             while scores[at := int(np.argmax(scores))] > -np.inf:
-                if not self.search.hopeless(*self.pool.pairs[at]):
+                scores[at] = -np.inf
+                if self.search.ruled_out(*self.pool.pairs[at]):
+                    self.out[at] = True
+                elif self.search.fits(*self.pool.pairs[at]):
+                    self.doubted[at] = True
+                else:
                     return self.pool.pairs[at]
-                self.doubted[at], scores[at] = True, -np.inf
-            if self.doubted.sum() == before and (self.whole or not self._more()):
+            ended = least == math.inf or self.whole
+            if (self.out | self.doubted).sum() == before and (ended or not self._more()):
                 return None
+
+    def _open(self, closed: Any) -> float | None:
+        """The share of the possible gain that is still open, 0 to 1; None before a load group is measured throughout.
+
+        Open is what one more look at each context is expected to add to the policy's ln(rate); the possible gain is
+        that and what the leading load group has gained over the baselines, or over what was measured first instead.
+        """
+        search = self.search
+        if not self.served or not len(self.worth):
+            return None
+        worth = np.where(closed, 0.0, self.worth)
+        more = sum(float(worth[self.context == c].max(initial=0.0)) for c in range(len(self.contexts)))
+        began: dict[int, float] = {}
+        rated = [(at, r) for (_, at), r in search.known.items() if at in self.contexts and r.tokens_per_s is not None]
+        for context, record in sorted(rated, key=lambda item: item[1].stage != "baseline"):
+            began.setdefault(context, math.log(max(record.rate(search.workload.objective), 1e-9)))
+        gains = [top - began[context] for context, top in self.standing.items() if top > -np.inf]
+        made = max(float(sum(gains)) / len(self.contexts), 0.0)
+        return more / (more + made) if more > 0 else 0.0
+
+    def _least(self, closed: Any) -> float:
+        """The least probability of fitting that a look must have, so that about a tenth of all go over the budget.
+
+        Each look allows for a tenth of one that does not fit, and begins with one whole. Where no pair is as sure as
+        that, the surest are looked at, unless every context is served and even they are not likely to fit.
+        """
+        search, open_ = self.search, self._chances()[~closed]
+        if search.predicted is None or not len(open_):
+            return 0.0
+        over = sum(record.outcome in _TOO_LARGE for record in search.known.values())
+        least = min(over + 1 - _RISK * (len(search.known) + 1) - _CREDIT, 1 - _RISK)
+        surest = float(open_.max())
+        return math.inf if self.served and surest < min(least, _LIKELY) else min(least, surest)
 
     def _explore(self) -> None:
         """Bring what differs in one knob from the best of each context into the pool."""
@@ -359,14 +452,22 @@ class Outlook:
         middle = np.where(held, standing, sure * mean[top] + (1 - sure) * floor)
         leader = int(middle.sum(axis=1).argmax())
         missing = np.flatnonzero(usable[leader])
+        self.served = not len(missing)
+        self.worth = np.zeros(0)
         if len(missing):  # a policy needs all of its contexts: what may fail first, else what is looked at soonest
             at = top[leader, min(missing, key=lambda c: (round(sure[leader, c], 1), seconds[top[leader, c]]))]
             return np.where(np.arange(len(mean)) == at, 1.0, np.where(open_, 1e-3 * promise - seconds, -np.inf))
+        # what it is worth if all of the group's contexts fit, times the probability that they do
+        hope = np.where(held, standing, np.where(usable, mean[top], floor))
         spread = np.where(usable, deviation[top], 0.0)
-        gain = (middle.mean(axis=1) - middle[leader].mean())[self.group]
-        gain += (mean - middle[self.group, self.context]) / count
+        gain = (hope.mean(axis=1) - middle[leader].mean())[self.group]
+        gain += (mean - hope[self.group, self.context]) / count
         unsure = (spread.sum(axis=1)[self.group] - spread[self.group, self.context] + deviation) / count
-        scores = chance * improvement(gain, unsure) / seconds
+        needed = np.where(usable, chance[top], 1.0)
+        others = np.stack([np.delete(needed, c, axis=1).min(axis=1, initial=1.0) for c in range(count)], axis=1)
+        self.worth = np.minimum(chance, others[self.group, self.context]) * improvement(gain, unsure)
+        self.standing = dict(zip(self.contexts, standing[leader], strict=True))
+        scores = self.worth / seconds
         scores[chance < _LIKELY] *= 0.1
         scores[~held[self.group, self.context] & (top[self.group, self.context] != np.arange(len(mean)))] = 0.0
         if scores[open_].max(initial=0.0) < 1e-12:

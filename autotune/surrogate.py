@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,9 @@ class Belief:
     noise: float
     fading: float = 0.4  # share of an effect's variance that is lost over many octaves
     observed: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
+    shifted: float = 0.0  # by which all may lie above or below what is observed from now on
     rows: list[Floats] = dataclasses.field(default_factory=list)
+    earlier: tuple[Sequence[Sequence[tuple[int, float, float]]], float] | None = None
 
     def reset(self, pool: Pool, mean: Floats) -> None:
         """Begin again with a pool that has grown; what was observed stays."""
@@ -47,9 +50,28 @@ class Belief:
         self.weights = np.array(weights)
         whole = self.everywhere**2 + self.by_context**2 + sum(weights) + self.together**2
         self.variance = np.full(len(mean), whole)
-        observed, self.observed, self.rows = self.observed, [], []
+        observed, self.observed, self.rows, self.shifted = self.observed, [], [], 0.0
+        if self.earlier is not None:
+            self._inform(*self.earlier)
         for at, value, spread in observed:
             self.observe(at, value, spread)
+
+    def inform(self, runs: Sequence[Sequence[tuple[int, float, float]]], shift: float) -> None:
+        """Before anything is observed: what earlier runs observed, each of which may be off by as much everywhere.
+
+        Each is moved by the median of what it differs by from those before it. `shift` is the standard deviation of
+        what this run may differ by.
+        """
+        self.earlier = runs, shift
+        self._inform(runs, shift)
+
+    def _inform(self, runs: Sequence[Sequence[tuple[int, float, float]]], shift: float) -> None:
+        for run in runs:
+            off = statistics.median(value - self.mean[at] for at, value, _ in run) if self.observed and run else 0.0
+            for at, value, spread in run:
+                self.observe(at, value - off, spread)
+        self.observed, self.shifted = [], shift
+        self.variance = self.variance + shift**2
 
     def observe(self, at: int, value: float, spread: float = 0.0) -> None:
         """The posterior of every pair after one more, whose own standard deviation comes on top of the noise."""
@@ -63,10 +85,25 @@ class Belief:
         self.rows.append(row)
         self.observed.append((at, value, spread))
 
+    def exceed(self, at: int, least: float) -> None:
+        """The posterior after a value of which is known only that it lies above `least`.
+
+        What is observed instead is what leaves this pair the mean and variance of the truncated normal distribution.
+        """
+        mean, deviation = self.mean[at], math.sqrt(self.variance[at])
+        z = (least - mean) / deviation
+        tail = math.erfc(z / math.sqrt(2)) / 2
+        hazard = math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) / tail if tail > 1e-12 else z + 1 / max(z, 1.0)
+        left = max(1 - hazard * (hazard - z), 1e-3)  # of the variance
+        noise = deviation**2 * left / max(1 - left, 1e-9)
+        value = mean + deviation * hazard / max(1 - left, 1e-9)
+        self.observe(at, value, math.sqrt(max(noise - self.noise**2, 0.0)))
+
     def _covariance(self, at: int) -> Floats:
         alike, near = self.pool.alike(at)
         effects = alike @ self.weights + self.together**2 * np.exp(-1.0 * (1 - alike).sum(axis=1))
-        return self.everywhere**2 + self.by_context**2 * near + effects * (1 - self.fading * (1 - near))
+        common = self.everywhere**2 + self.shifted**2
+        return common + self.by_context**2 * near + effects * (1 - self.fading * (1 - near))
 
     @property
     def deviation(self) -> Floats:
@@ -127,7 +164,7 @@ def rate_belief() -> Belief:
 
 def footprint_belief() -> Belief:
     """Of ln(peak / predicted): by 3 % for all, by 2 % for a word."""
-    return Belief(0.03, 0.0, dict.fromkeys(_KNOBS, 0.02), 0.01, 0.004)
+    return Belief(0.03, 0.0, dict.fromkeys(_KNOBS, 0.02) | {"depth": 0.005}, 0.01, 0.004)
 
 
 def sound_belief() -> Belief:

@@ -243,11 +243,12 @@ class Worker:
         return self.engine.score(prompt, continuation, configuration, STEP)
 
     def begin(self) -> dict[str, Any]:
-        """Give back what the last measurement left, caches with their recorded steps included.
+        """Give back what the last measurement left, so that no witness counts it as the next one's.
 
-        So that neither a witness nor the allocator's peak counts it as the next one's.
+        Its caches and recorded steps would else be held until the next request, and be in use when its peaks begin.
         """
-        self.engine.close()
+        if self.engine is not None:
+            self.engine.close()
         self.meter.begin()
         return {}
 
@@ -275,7 +276,7 @@ class Worker:
         chosen = Configuration(**configuration)
         prompts = prompts_of(inputs, context)
         before = state(self.device)
-        self.meter.begin()
+        self.begin()
         self.phase("timing")
         samples, generations = measure_throughput(
             self.engine,

@@ -20,6 +20,9 @@ workload fastest under this budget, and its fastest configuration at each contex
 context can score above 1 where another group is faster. No choice, or one that does not fit, scores 0. `policy` is the
 geometric mean of the contexts' scores.
 
+`warm start`, which is not asked for by default, is the same search beside the folder of an earlier run of the model,
+under the widest budget, that spent 3 % of the cost.
+
 A sweep need not hold the whole space. A suggestion that it does not hold stands, for every method, for the nearest one
 that it holds: fewest other load knobs, then fewest other knobs, then the nearest depth. The optimum and the exhaustive
 cost are then those of what the sweep holds.
@@ -32,8 +35,11 @@ import gzip
 import importlib.util
 import json
 import math
+import multiprocessing
+import os
 import random
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -50,11 +56,14 @@ from autotune import plan, run
 from autotune.config import Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib, parse_bytes
 from autotune.measure.throughput import HOPELESS, summarize
 from autotune.policy import best_group, choose
+from autotune.results import frame
 from autotune.space import Space, Suggests
 from autotune.study import Studies
 
 SHARES = (0.03, 0.05, 0.1, 0.2)
 SEARCH = "autotune"
+WARM = "warm start"  # the same, beside the folder of an earlier run
+EARLIER = 0.03  # of the exhaustive cost, which that one spent
 MEDIAN, LOW = 0.98, 0.95  # bars for the median and the 10th percentile, in every context
 WITHIN = 0.1  # of the exhaustive cost, by which the bars must be reached
 INFEASIBLE = 0.1  # of the measurements may exceed the budget
@@ -302,10 +311,16 @@ class Quiet:
     def note(self, text: str) -> None: ...
     def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
     def record(self, record: Record) -> None: ...
+    def gain(self, open_share: float) -> None: ...
 
 
-def search(sweep: Sweep, budget: int, seed: int, limit_s: float) -> tuple[dict[int, Configuration], Replay]:
-    """What `run.tune` does between preparing and measuring the finalists again, on a clock of its own."""
+def search(
+    sweep: Sweep, budget: int, seed: int, limit_s: float, beside: Path | None = None
+) -> tuple[dict[int, Configuration], Replay]:
+    """What `run.tune` does between preparing and measuring the finalists again, on a clock of its own.
+
+    The search learns from the run folders `beside` it.
+    """
     replay = Replay(sweep, budget, limit_s, seed)
     storage: Any = optuna.storages.InMemoryStorage()
     request = run.Request(
@@ -315,15 +330,16 @@ def search(sweep: Sweep, budget: int, seed: int, limit_s: float) -> tuple[dict[i
         workload=sweep.workload,
         space=sweep.space,
         space_name=sweep.header["space_name"],
-        out=Path("replay"),
+        out=(beside or Path()) / "replay",
         timeout_s=limit_s,
         storage=storage,
         seed=seed,
         started=0.0,
+        warm_start=beside is not None,
     )
     studies = Studies(storage, request.study, {}, sweep.workload.contexts, seed)
     trials: Any = replay
-    header = sweep.header
+    header = sweep.header | run_info(sweep)
     searching = run._search(request, sweep.space, sweep.shapes, studies, trials, header, Quiet())
     searching.now = lambda: replay.now
     searching.deadline = limit_s - min(run.COMPLETING_S, limit_s / 10)
@@ -346,6 +362,24 @@ def search(sweep: Sweep, budget: int, seed: int, limit_s: float) -> tuple[dict[i
     except OutOfTime:
         pass
     return run._choice(searching, stock, False)[0], replay
+
+
+def run_info(sweep: Sweep) -> dict[str, Any]:
+    """What run.json says of the models; their names stand for what they hold."""
+    drafts = [name for name in sweep.shapes if name != "model"]
+    model, *others = ({"weights_sha256": name} for name in ("model", *drafts))
+    return {"model": "model", "drafts": drafts, "identity": {"model": model, "drafts": others}}
+
+
+def write_earlier(sweep: Sweep, folder: Path, seed: int) -> None:
+    """The folder of a run under the widest budget, with 3 % of the cost and another seed."""
+    budget = max(sweep.budgets())
+    _, replay = search(sweep, budget, seed + 1000, EARLIER * sweep.cost_s)
+    folder.mkdir()
+    info = {"workload": dataclasses.asdict(sweep.workload), "budget": {"bytes": budget}, "study": "", "storage": None}
+    info |= {"environment": sweep.header["environment"], **run_info(sweep)}
+    (folder / "run.json").write_text(json.dumps(info))
+    frame(replay.records).to_csv(folder / "trials.csv", index=False)
 
 
 Proposals = Generator[Configuration, list[Record], None]
@@ -482,15 +516,19 @@ def replayed(path: Path, shares: tuple[float, ...], task: tuple[str, int, int]) 
     limits = [share * sweep.cost_s for share in shares]
     began = time.perf_counter()
     rows = []
-    if method == SEARCH:
-        runs: Iterator[Any] = (search(sweep, budget, seed, limit) for limit in limits)
-    else:
-        runs = baseline(method, sweep, budget, seed, limits)
-    for share, (chosen, replay) in zip(shares, runs, strict=True):
-        figures = judged(sweep, budget, chosen, replay)
-        own_s, began = time.perf_counter() - began, time.perf_counter()
-        row = {"method": method, "budget_bytes": budget, "seed": seed, "share": share}
-        rows.append({**row, **figures, "own_s": round(own_s, 3)})
+    with tempfile.TemporaryDirectory() as folder:
+        if method == WARM:
+            write_earlier(sweep, Path(folder) / "earlier", seed)
+        if method in (SEARCH, WARM):
+            beside = Path(folder) if method == WARM else None
+            runs: Iterator[Any] = (search(sweep, budget, seed, limit, beside) for limit in limits)
+        else:
+            runs = baseline(method, sweep, budget, seed, limits)
+        for share, (chosen, replay) in zip(shares, runs, strict=True):
+            figures = judged(sweep, budget, chosen, replay)
+            own_s, began = time.perf_counter() - began, time.perf_counter()
+            row = {"method": method, "budget_bytes": budget, "seed": seed, "share": share}
+            rows.append({**row, **figures, "own_s": round(own_s, 3)})
     return rows
 
 
@@ -582,7 +620,7 @@ def bars(rows: list[dict[str, Any]], shares: tuple[float, ...], budgets: list[in
         means: dict[str, float] = {}
         for method in dict.fromkeys(row["method"] for row in rows):
             means[method] = statistics.fmean(r["policy"] for r in rows if (r["method"], r["share"]) == (method, share))
-        others = [mean for method, mean in means.items() if method != SEARCH]
+        others = [mean for method, mean in means.items() if method not in (SEARCH, WARM)]
         if SEARCH in means and others:
             held[f"better on average than every other method with {share:.0%}"] = means[SEARCH] > max(others)
     return held
@@ -610,7 +648,7 @@ def table(rows: list[dict[str, Any]], contexts: list[int], shares: tuple[float, 
 @click.option("--shares", default=",".join(map(str, SHARES)), show_default=True, help="of the exhaustive cost")
 @click.option("--seeds", default=20, show_default=True)
 @click.option("--methods", default=",".join([SEARCH, *BASELINES]), show_default=True)
-@click.option("--jobs", default=1, show_default=True, help="processes")
+@click.option("--jobs", default=1, show_default=True, help="processes, a core each")
 def main(path: Path, budgets: str | None, shares: str, seeds: int, methods: str, jobs: int) -> None:
     """The search beside other methods on a recorded sweep; the last line is one JSON object.
 
@@ -620,9 +658,9 @@ def main(path: Path, budgets: str | None, shares: str, seeds: int, methods: str,
     sizes = [parse_bytes(word) for word in budgets.split(",")] if budgets else sweep.budgets()
     steps = tuple(sorted(float(word) for word in shares.split(",")))
     asked = methods.split(",")
-    unknown = [word for word in asked if word not in (SEARCH, *BASELINES)]
+    unknown = [word for word in asked if word not in (SEARCH, WARM, *BASELINES)]
     if unknown:
-        raise click.UsageError(f"--methods {unknown[0]}: they are {', '.join([SEARCH, *BASELINES])}")
+        raise click.UsageError(f"--methods {unknown[0]}: they are {', '.join([SEARCH, WARM, *BASELINES])}")
     if "GP" in asked and importlib.util.find_spec("scipy") is None:
         click.echo("GP is left out: its sampler needs scipy, which is not installed")
         asked.remove("GP")
@@ -645,7 +683,8 @@ def main(path: Path, budgets: str | None, shares: str, seeds: int, methods: str,
     tasks = [(method, size, seed) for method in asked for size in sizes for seed in range(seeds)]
     work = partial(replayed, path, steps)
     rows: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(jobs) as pool:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each process that is spawned
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for number, found in enumerate(pool.map(work, tasks) if jobs > 1 else map(work, tasks), 1):
             rows += found
             click.echo(f"{number}/{len(tasks)} {found[0]['method']} {found[-1]['own_s']:.1f} s", err=True)

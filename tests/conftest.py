@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import optuna
 import pytest
 import sqlalchemy
 
@@ -50,6 +51,12 @@ def synthetic_record(
 @pytest.fixture(scope="session")
 def record() -> MakeRecord:
     return synthetic_record
+
+
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For long searches whose storage nobody opens again."""
+    monkeypatch.setattr("autotune.study.open_storage", lambda url: optuna.storages.InMemoryStorage())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,7 +30,7 @@ from autotune.config import Budget, Configuration, Record, Workload
 from autotune.demo import TARGET
 from autotune.plan import read_shape
 from autotune.policy import Policy, read_policy, schema
-from autotune.results import read_records
+from autotune.results import frame, read_records
 from autotune.space import Space, read_space
 from autotune.study import Search, Studies
 from autotune.trial import Inputs, WorkerFailed
@@ -330,6 +330,7 @@ class Quiet:
     def phase(self, text: str) -> None: ...
     def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
     def record(self, record: Record) -> None: ...
+    def gain(self, open_share: float) -> None: ...
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -544,6 +545,43 @@ def test_a_measurement_that_the_end_of_a_run_cut_short_is_not_known_to_the_next(
     shapes, info = {str(TARGET): read_shape(TARGET)}, {"environment": {"base_bytes": 10**8}}
     search = run._search(request, request.space, shapes, studies, Mock(), info, Quiet())
     assert set(search.known) == {(slow, 64), (done, 64)}
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_an_earlier_run_calibrates_the_plan_unless_it_shall_not(tmp_path: Path, warm_start: bool) -> None:
+    workload = Workload(contexts=(64,))
+    request = run.Request(TARGET, [], Budget(10**9), workload, read_space("quick"), "quick", tmp_path / "run")
+    request.warm_start = warm_start
+    request.out.mkdir()
+    (earlier := tmp_path / "earlier").mkdir()
+    info: dict[str, Any] = {"environment": {"base_bytes": 10**8, "device": "a CPU", "full_precision": "bf16"}}
+    info |= {"identity": {"model": {"weights_sha256": "m"}, "drafts": []}, "drafts": []}
+    asked = {"workload": {"new_tokens": 8}, "budget": {}, "study": "", "storage": None}
+    (earlier / "run.json").write_text(json.dumps(info | asked))
+    shapes, notes = {str(TARGET): read_shape(TARGET)}, Mock()
+    studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
+    prepared = run.Foresight(request, shapes, 10**8)
+    sizes = [
+        synthetic_record(c, 64, peak=round(1.2 * prepared.predicted(c, 64)), base_bytes=10**8)
+        for c in list(request.space.configurations())[:4]
+    ]
+    frame(sizes).to_csv(earlier / "trials.csv", index=False)
+    search = run._search(request, request.space, shapes, studies, Mock(), info, notes)
+    assert [call.args[0] for call in notes.note.call_args_list if "earlier" in call.args[0]] == (
+        ["earlier runs beside this one: 4 measurements of this model (earlier); --no-warm-start leaves out all"]
+    ) * warm_start
+    assert (len(search.earlier), search.known) == (warm_start, {})
+    largest = max(record.peak_bytes or 0 for record in sizes)
+    search.fits.__self__.request.budget = Budget(round(0.95 * largest))  # type: ignore[attr-defined]
+    assert bool(search.fits(sizes[-1].configuration, 64)) == warm_start
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.0416, "; stopped with about 4% of the gain open"), (None, "")])
+def test_a_run_keeps_what_share_of_the_gain_it_left_open(tmp_path: Path, share: float | None, text: str) -> None:
+    request, info = Mock(out=tmp_path), {"seed": 0}
+    assert run._ended(request, info, Mock(open=share)) == text
+    kept = json.loads((tmp_path / "run.json").read_text()) if share else {"seed": 0}
+    assert kept == info == {"seed": 0} | ({"open_gain": share} if share else {})
 
 
 def test_the_run_says_how_much_of_the_space_it_measured_and_what_was_ruled_out(tmp_path: Path) -> None:

@@ -219,6 +219,21 @@ def test_the_search_is_the_same_by_seed_keeps_its_time_and_finds_the_optimum(syn
     assert len({(record.configuration, record.context_tokens) for record in replay.records}) == len(replay.records)
 
 
+def test_an_earlier_run_under_another_budget_makes_a_search_quicker(synthetic: regret.Sweep, tmp_path: Path) -> None:
+    regret.write_earlier(synthetic, tmp_path / "earlier", 0)
+    budget, limit = synthetic.budgets()[0], 0.012 * synthetic.cost_s
+    policies = []
+    for beside in (None, tmp_path):
+        chosen, replay = regret.search(synthetic, budget, 0, limit, beside)
+        figures = regret.judged(synthetic, budget, chosen, replay)
+        assert figures["infeasible_recommendations"] == 0
+        assert {(c, context) for context, c in chosen.items()} <= {
+            (record.configuration, record.context_tokens) for record in replay.records
+        }
+        policies.append(figures["policy"])
+    assert policies[0] < 0.97 < policies[1]
+
+
 @pytest.mark.parametrize("method", regret.BASELINES)
 def test_the_other_methods_keep_to_each_share_and_measure_nothing_twice(method: str, synthetic: regret.Sweep) -> None:
     if method == "GP":

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,12 +100,6 @@ def search_in(
 
 def trials_of(folder: Path, context: int) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name=f"run/{context}", storage=open_storage(url(folder))).get_trials()
-
-
-@pytest.fixture
-def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For long searches whose storage nobody opens again."""
-    monkeypatch.setattr("autotune.study.open_storage", lambda url: optuna.storages.InMemoryStorage())
 
 
 @pytest.fixture
@@ -545,6 +539,61 @@ def test_a_peak_that_was_measured_corrects_what_is_predicted(tmp_path: Path) -> 
     before = search._outlook.chance(Configuration(cache="static"), 64)
     search.measured(Configuration(), 64)
     assert search._outlook.chance(Configuration(cache="static"), 64) > before + 0.05
+
+
+def large(c: Configuration) -> bool:
+    return (sum(map(ord, f"{c.weights} {c.cache} {c.launch} {c.draft}")) % 3) > 0
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_about_a_tenth_of_the_looks_go_over_the_budget_and_the_search_ends_where_more_would(tmp_path: Path) -> None:
+    fake = Fake(lambda c, context: "out_of_memory" if large(c) else "ok", peak=int(0.99 * BUDGET.bytes))
+    everything = [(c, context) for c in MIXED.configurations() for context in CONTEXTS]
+    assert sum(large(c) for c, _ in everything) > 0.6 * len(everything)
+    search = search_in(tmp_path, MIXED, fake, predicted=lambda c, context: int(0.99 * BUDGET.bytes))
+    search.run()
+    over = sum(large(c) for c, _ in fake.calls)
+    assert 10 < len(fake.calls) < 0.5 * len(everything)
+    assert over <= 0.25 * len(fake.calls)
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_what_hardly_fits_is_tried_while_nothing_is_known_that_does(tmp_path: Path) -> None:
+    fake = Fake(lambda c, context: "ok" if (c.weights, c.cache) == ("bf16", "static") else "out_of_memory")
+    search = search_in(tmp_path, SMALL, fake, contexts=(64,), predicted=lambda c, context: int(1.04 * BUDGET.bytes))
+    search.run()
+    assert {(c.weights, c.cache) for c, _ in fake.calls} == set(product(("bf16", "bnb-nf4"), ("dynamic", "static")))
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_the_share_of_the_gain_that_is_open_falls_to_nothing(tmp_path: Path) -> None:
+    search = search_in(tmp_path, MIXED, Fake(load_s=4.0), first=(Configuration(),))
+    search.baseline(BASELINES)
+    shares: list[float | None] = []
+    search.on_record = lambda record: shares.append(search.open)
+    assert search.open is None
+    search.run()
+    told = [share for share in shares if share is not None]
+    assert all(0 <= share <= 1 for share in told)
+    assert told[0] == 1 > 0.5 > told[len(told) // 4]  # nothing is gained yet over the baselines
+    assert search.open == 0  # nothing is left
+    assert max(told[-20:]) < 0.02
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_the_gain_that_is_open_is_a_share_of_what_was_gained_over_the_baseline(tmp_path: Path) -> None:
+    shares = []
+    for slower in (1.0, 3.0):
+        search = search_in(tmp_path, SMALL, Fake(), contexts=(64,))
+        first, second = Configuration(), Configuration(cache="static")
+        search.known[first, 64] = synthetic_record(first, 64, (30.0 / slower,) * 3, stage="baseline")
+        search.known[second, 64] = synthetic_record(second, 64, (36.0,) * 3)
+        search._next()
+        outlook = search._outlook
+        more = max(outlook.worth[~outlook.out])
+        shares.append(search.open)
+        assert search.open == pytest.approx(more / (more + math.log(36 * slower / 30)))
+    assert shares[1] < shares[0]
 
 
 def test_a_baseline_that_may_not_fit_waits_until_more_is_known(tmp_path: Path) -> None:

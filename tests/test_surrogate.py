@@ -80,6 +80,19 @@ def test_a_chunk_that_holds_the_whole_prompt_is_no_chunk() -> None:
     assert belief.variance[pool.index[chunked, 2048]] > belief.variance[pool.index[Configuration(), 2048]] + 0.01
 
 
+@pytest.mark.parametrize("least", [-1.0, 0.2, 1.5])
+def test_of_what_was_cut_off_is_known_that_it_lies_above(least: float) -> None:
+    _, belief = believing(SOME[:4])
+    mean, deviation = belief.mean[2], belief.deviation[2]
+    draws = np.random.default_rng(0).normal(mean, deviation, 400_000)
+    above = draws[draws > mean + least * deviation]
+    belief.exceed(2, mean + least * deviation)
+    assert belief.mean[2] == pytest.approx(above.mean(), rel=0.02)
+    assert belief.deviation[2] == pytest.approx(above.std(), rel=0.02)
+    belief.exceed(0, belief.mean[0] + 50 * belief.deviation[0])  # far out, where the tail is no number any more
+    assert np.isfinite(belief.mean).all()
+
+
 def test_the_distance_is_to_the_nearest() -> None:
     pool = Pool((128,))
     far = Configuration(cache="static", launch="graph")

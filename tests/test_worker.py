@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -159,12 +158,11 @@ def test_what_a_larger_measurement_left_is_not_counted_as_the_next_ones(trials: 
     assert after < before + ROOM // 4
 
 
-def test_a_measurement_begins_without_the_caches_of_the_one_before() -> None:
-    one, order = Worker(io.StringIO()), []
-    one.engine = SimpleNamespace(close=lambda: order.append("caches"))
-    one.meter = SimpleNamespace(begin=lambda: order.append("peaks"))
-    one.begin()
-    assert order == ["caches", "peaks"]
+def test_recorded_steps_of_the_last_measurement_are_gone_before_peaks_begin() -> None:
+    worker = Mock()
+    Worker.begin(worker)
+    assert worker.mock_calls == [call.engine.close(), call.meter.begin()]
+    Worker.begin(Mock(engine=None))  # nothing was loaded
 
 
 def test_memory_beside_the_allocator_that_stays_is_over_budget(trials: Trials, plant: Plant) -> None:
