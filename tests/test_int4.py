@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from autotune.engine import int4
 from autotune.engine import linear as linear_module
-from autotune.engine.linear import MANY, Int4Linear, _quantize_rows, fits_int4
+from autotune.engine.linear import MANY, Int4Linear, _quantize_rows, _row_blocks, fits_int4
 
 TOLERANCE = 2**-8 if DEVICE == "cuda" else 2**-7  # the interpreter cuts bfloat16 off where a GPU rounds
 
@@ -100,6 +100,11 @@ def test_a_layer_gives_few_tokens_and_many_the_same_product(monkeypatch: pytest.
     few = torch.cat([packed(part) for part in states.split(20, dim=1)], dim=1)
     torch.testing.assert_close(packed(states), few, rtol=0.02, atol=0.02)
     torch.testing.assert_close(few, layer(states), rtol=0.2, atol=0.2)
+
+
+def test_weights_are_unpacked_by_whole_tiles() -> None:
+    assert _row_blocks(4096, 14336) == [(0, 1152), (1152, 2304), (2304, 3456), (3456, 4096)]
+    assert _row_blocks(300, 2**24) == [(0, 128), (128, 256), (256, 300)]
 
 
 def test_the_operation_for_the_compiler_is_the_product() -> None:

@@ -165,6 +165,12 @@ def test_a_long_prompt_in_chunks_takes_what_its_operations_allocate(llama, chunk
     assert prediction.owners["activations"] / MIB == pytest.approx(counted, abs=3)
 
 
+def test_recorded_steps_have_a_pool_that_they_do_not_fill(llama):
+    eager = Configuration(cache="static", attention="split_kv")
+    slack = [at(llama, eager.replace(launch=launch), 512).owners["slack"] for launch in ("eager", "graph")]
+    assert slack[1] - slack[0] == 22 * MIB
+
+
 def test_loading_is_over_before_there_are_caches(llama):
     quantized = Configuration(weights="quanto-int4", lm_head="int4", embeddings="host", cache="quantized-4")
     short, long = (at(llama, quantized.replace(prefill_chunk=256), context) for context in (128, 1024))
