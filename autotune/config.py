@@ -44,6 +44,7 @@ CACHES = (
 ATTENTIONS = ("eager", "sdpa", "split_kv", "flash_attention_2", "flash_attention_3", "flex_attention")
 LAUNCHES = ("eager", "graph", "compile")
 SPECULATIONS = ("constant", "adaptive")
+_ORDER = ("none", "prompt-lookup", *WEIGHTS, *LM_HEADS, *EMBEDDINGS, *CACHES, *ATTENTIONS, *LAUNCHES, *SPECULATIONS)
 
 MIB = 2**20
 ALLOCATOR = "expandable_segments:True"  # PyTorch's, of whoever measures and whoever deploys
@@ -130,9 +131,20 @@ class Configuration:
 
     @property
     def complexity(self) -> int:
-        """How many knobs differ from the stock setting; a tie goes to the lower (promise 7)."""
+        """How many knobs differ from the stock setting."""
         stock = Configuration(weights=self.weights)
         return sum(getattr(self, f.name) != getattr(stock, f.name) for f in dataclasses.fields(self))
+
+    @property
+    def simplicity(self) -> tuple[Any, ...]:
+        """Sorts the simplest first, the same in every run; a tie goes to the simplest (promise 7).
+
+        By the number of knobs that differ from the stock setting; of as many, knob by knob in the order of the fields:
+        words as the tuples above list them, prompt lookup between no draft and a draft model, numbers ascending.
+        """
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        ranks = ((_ORDER.index(v) if v in _ORDER else len(_ORDER), v) if isinstance(v, str) else v for v in values)
+        return (self.complexity, *ranks)
 
     def differs_from(self, other: Configuration) -> str:
         """The knobs in which it differs, as `knob=value, knob=value`."""

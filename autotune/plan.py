@@ -40,7 +40,9 @@ CACHE_SPARE = 32  # slots more where steps are recorded, which may be longer tha
 
 HIDDEN_COPIES = 4  # the embeddings, the layer's input, the residual and the normalized input are alive together
 ROTARY = 2  # cosines and sines of every position
-REPEATED = 32 * MIB  # keys and values that split_kv repeats at a time, for the heads of a prompt that share them
+# Keys and values that split_kv dequantizes or repeats at a time for a prompt, one KV head's at least: this much, or so
+# many times the queries' size where that is more, since a chunk's MLP takes as much.
+COPIED, COPIED_BY_QUERIES = 16 * MIB, 8
 MASK_BYTES = 1  # the boolean mask; the kernel adds a copy of it in the activations' type
 SCORE_BYTES = 4  # eager softmax works in float32, between scores and probabilities in the activations' type
 LOGIT_BYTES = 4  # logits are cast to float32 for the choice of a token
@@ -64,6 +66,7 @@ QUANTIZING_BYTES = 14  # quanto-int4 on a GPU, UNPACKED weights at a time: three
 WORKSPACE = {"cuda": 32 * MIB, "cpu": 0}  # cuBLAS keeps one per process (Hopper's; older GPUs take 8 MiB)
 KERNELS = {"cuda": 80 * MIB, "cpu": 0}  # code that CUDA loads as it is first used, after the base was read
 INT8_KERNELS = 60 * MIB  # and that of bnb-int8
+RECORDED_POOL = 22 * MIB  # the least that PyTorch takes for the pool of recorded steps, which use little of it
 # An allocator's segment that is used in part; on a CPU, the code and the kernels of the first pass.
 FRAGMENTS = {"cuda": 20 * MIB, "cpu": 32 * MIB}
 HEAP_KEPT = {"cuda": 0, "cpu": 32 * MIB}  # freed activations that the heap keeps at most: twice M_TRIM_THRESHOLD
@@ -489,7 +492,7 @@ def predict(
         drafted, host = sum(resident), host + on_host
         draft_kv = sum(_kv_by_layer(draft, c, tokens, c.draft_weights))
     prefill = _prefill_bytes(target, c, context, tokens, kind)
-    activations = _activations(target, draft, c, context, tokens, prefill, draft_kv, kind)
+    activations = _activations(target, draft, c, context, tokens, prefill, kv, draft_kv, kind)
     slack = FRAGMENTS[kind] + _slack(target, c, context, tokens, prefill, activations, kv, draft_kv, kind)
     base = calibration.base_bytes + KERNELS[kind] + (INT8_KERNELS if (c.weights, kind) == ("bnb-int8", "cuda") else 0)
     fixed = base + weights + head + embeddings + drafted + kv + draft_kv
@@ -582,7 +585,7 @@ def _kv_bytes(shape: ModelShape, layer: LayerShape, c: Configuration, tokens: in
         return layer.kv_elements * kept * element
     slots, spare = tokens + 1, 0
     if c.launch != "eager" or c.attention == "split_kv":  # recorded steps share a cache of a round size
-        size = 256 if slots <= 4096 else 1024
+        size = 256 if slots <= 4096 else 512
         slots, spare = -(-slots // size) * size, CACHE_SPARE
     if c.cache == "static":
         return layer.kv_elements * (slots + spare) * element
@@ -609,10 +612,11 @@ def _activations(
     context: int,
     tokens: int,
     prefill: int,
+    kv: int,
     draft_kv: int,
     kind: str,
 ) -> int:
-    """The transient peak beside both caches: loading, a prefill or decode.
+    """The transient peak beside both caches: loading, before which there are none, a prefill or decode.
 
     The draft's cache is made after the target's prefill, unless recorded steps keep it from the request before; and
     a recorded step has a pool of its own beside all other passes. Steps of several depths share it, but each keeps its
@@ -620,7 +624,8 @@ def _activations(
     """
     load = LOAD_COPIES.get(c.weights, 0) * target.largest_linear * 2
     if (c.weights, kind) == ("quanto-int4", "cuda"):
-        load = target.largest_linear * 2 + QUANTIZING_BYTES * min(UNPACKED, target.largest_linear)
+        load = QUANTIZING_BYTES * min(UNPACKED, target.largest_linear)
+    load -= kv + draft_kv
     reads = c.attention != "split_kv"  # which takes the cache as it is stored, but for prompts, which sdpa feeds
     decode = _pass_bytes(target, c, c.depth + 1, tokens, reads, c.depth + 1, kind)
     drafts = 0
@@ -656,6 +661,7 @@ def _slack(
         if vector > expanded:  # else the intermediate vectors lie where the matrix was
             cut += expanded * (1 if _merged(target, c.weights, kind) else 2)
         outgrown = 0 if whole else prefill + (kv + draft_kv if grows else 0)
+        cut += RECORDED_POOL if c.launch != "eager" else 0
         return round(cut + GROWTH_SLACK[kind] * outgrown)
     slack = min(HEAP_KEPT[kind], activations)
     slack += DRAFT_KERNELS if c.has_draft_model and c.weights in ("bf16", "fp32", "quanto-int4") else 0
@@ -717,17 +723,23 @@ def _attention_bytes(shape: ModelShape, c: Configuration, queries: int, keys: in
     element, grouped = _element(shape, c.weights), shape.heads != shape.kv_heads
     layer = 2 * shape.kv_heads * shape.head_dim * keys * element
     repeated = 2 * shape.heads * shape.head_dim * keys * element if grouped else 0
-    if c.attention == "split_kv":  # a few of them at a time
-        repeated = min(repeated, max(REPEATED, repeated // shape.kv_heads))
     pairs = queries * keys
     sliding = any(block.window and keys > block.window for block in shape.layers)
+    quantized = past and c.cache.startswith("quantized")
+    flash = kind == "cuda" and element == 2
+    if c.attention == "split_kv":  # a few KV heads at a time; the codes' bytes are apart before they are dequantized
+        masked = queries > 1 and (sliding or (past and not flash))
+        copied = (layer if quantized else 0) + (repeated if masked else 0)
+        most = max(COPIED, COPIED_BY_QUERIES * queries * shape.heads * shape.head_dim * element)
+        copied = min(copied, max(most, copied // shape.kv_heads))
+        return masked * pairs * (MASK_BYTES + element) + copied * (3 if quantized else 2) // 2
     unfused = c.attention == "sdpa" and kind == "cuda" and element == 4 and grouped  # flash has no float32
     needed = 0
     if c.attention == "eager" or (unfused and queries > 1):
         needed = shape.heads * pairs * (2 * element + SCORE_BYTES) + pairs * element + repeated
-    elif c.attention in ("sdpa", "split_kv") and queries > 1 and (past or sliding):
+    elif c.attention == "sdpa" and queries > 1 and (past or sliding):
         needed = pairs * (MASK_BYTES + element) + repeated
-    if past and c.cache.startswith("quantized"):
+    if quantized:
         return needed + layer  # expanded for the pass
     return max(needed, layer // 2 if past and c.cache != "static" else 0)  # new keys beside the old, then the values
 

@@ -2,12 +2,15 @@
 
 One load group serves all contexts, unless reloads are asked for; `best_group` says what it maximizes. A recommendation
 is significant or it is the baseline: finalists are measured again, interleaved with the baseline, and compared by
-Welch's t on the logarithms of their rounds' rates; within error, the simpler configuration stands. A rule ends at a
-length at which its settings were measured: at a context, or between two at a boundary that bisection found.
+Welch's t on the logarithms of their rounds' rates. Of those that are within error of the fastest the simplest stands
+(`Configuration.simplicity`), and the rule names the others as ties. What differs only in a chunk that the prompts of a
+context fit is the same thing there and is written as a whole prompt (`Configuration.at`). A rule ends at a length at
+which its settings were measured: at a context, or between two at a boundary that bisection found.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -35,7 +38,8 @@ from .config import (
 SCHEMA_VERSION = 1
 TASK_FIGURES = ("task_exact_match", "task_f1", "task_f1_interval", "task_loss")
 SCHEMA_FILE = Path(__file__).parent / "policy.schema.json"
-TIE = 0.97  # a simpler configuration must reach this share of the best rate to be called a tie
+TIE = 0.97  # a simpler configuration must reach this share of the best rate to be called a tie in the search
+NEAR = 0.9  # and this in the finals, however wide the error, to be recommended in the place of the fastest
 
 
 class PolicyError(ValueError):
@@ -141,6 +145,21 @@ class Unrestricted(_Model):
     stage: str
 
 
+class Tie(_Model):
+    """A configuration that was within error of the fastest here, as the rule's own settings were.
+
+    `gain` is how many times as fast as the rule's settings it was, with its 95 % interval. `stage` is `final` where it
+    was measured again like them; else it is the search's, in which both were alike.
+    """
+
+    load: Load
+    settings: Settings
+    tokens_per_s: float = Field(gt=0)
+    gain: float = Field(gt=0)
+    gain_interval: tuple[float, float] | None = None
+    stage: str
+
+
 class Evidence(_Model):
     """What `expected` rests on: so many measurements with prompts and new tokens of these lengths.
 
@@ -158,6 +177,7 @@ class Rule(_Model):
     """Prompts of up to `max_context_tokens` tokens (and longer than the rule before).
 
     Where rules need different loads, `load` is this rule's if it is not the policy's, and `reload_s` is what it takes.
+    `tie` says that the baseline is within error of these settings, `ties` what else is within error of the fastest.
     """
 
     max_context_tokens: int = Field(gt=0)
@@ -171,6 +191,7 @@ class Rule(_Model):
     load: Load | None = None
     reload_s: float | None = None
     unrestricted: Unrestricted | None = None
+    ties: list[Tie] = Field(default_factory=list)
 
 
 class Baseline(_Model):
@@ -203,6 +224,8 @@ class Policy(_Model):
         for rule in self.rules:
             if rule.settings.draft == "model" and (rule.load or self.load).draft == "none":
                 raise ValueError("a rule uses a draft model, but load.draft is none")
+            if any(tie.settings.draft == "model" and tie.load.draft == "none" for tie in rule.ties):
+                raise ValueError("a rule's tie uses a draft model, but its load.draft is none")
         return self
 
     def rule_for(self, prompt_tokens: int) -> Rule:
@@ -337,6 +360,78 @@ def choose(records: list[Record], workload: Workload, reloads: bool = False) -> 
     return chosen
 
 
+def as_done(records: Iterable[Record]) -> list[Record]:
+    """The records with configurations as they were carried out: a prompt that fits its first chunk was read whole."""
+    done = ((record, record.configuration.at(record.context_tokens)) for record in records)
+    return [r if ours is r.configuration else dataclasses.replace(r, configuration=ours) for r, ours in done]
+
+
+def rivals(records: Iterable[Record], leader: Configuration, context: int, objective: Objective) -> list[Configuration]:
+    """What else of its load group may be as fast as the leader at this context, the fastest first.
+
+    The leader and what is returned are as `as_done` has them.
+    """
+    here = [r for r in _sound(as_done(records), context) if r.configuration.load_group == leader.load_group]
+    ours = [record for record in here if record.configuration == leader]
+    fastest: dict[Configuration, Record] = {}
+    for record in sorted(here, key=lambda r: (-r.rate(objective), r.configuration.simplicity)):
+        if record.configuration != leader:
+            fastest.setdefault(record.configuration, record)
+    return [c for c, record in fastest.items() if ours and near([record], ours, objective)]
+
+
+def near(ours: list[Record], theirs: list[Record], objective: Objective) -> bool:
+    """Whether ours may be as fast as theirs: no slower than error explains, and by not much."""
+    ratio, _, high = speedup(ours, theirs, objective)
+    return ratio >= NEAR and high >= 1
+
+
+def tied(
+    records: Iterable[Record],
+    group: LoadGroup,
+    context: int,
+    objective: Objective,
+    beside: Configuration | None = None,
+) -> list[Configuration]:
+    """Of what was measured again of a load group at this context the fastest, then what is within error of it.
+
+    Each is compared with the fastest alone, since being within error does not carry over from one to the next. `beside`
+    takes part whatever it loads.
+    """
+    done = as_done(records)
+    finals = [r.configuration for r in _sound(done, context) if r.stage == "final"]
+    evidence = {c: _evidence(done, c, context) for c in finals if c.load_group == group or c == beside}
+    rate = {c: statistics.median(_log_rounds(found, objective)) for c, found in evidence.items()}
+    ranked = sorted(evidence, key=lambda c: (-rate[c], c.simplicity))
+    return [c for c in ranked if c == ranked[0] or _within(speedup(evidence[c], evidence[ranked[0]], objective))]
+
+
+def _within(compared: tuple[float, float, float]) -> bool:
+    """Whether a ratio is 1 within a known error."""
+    _, low, high = compared
+    return math.isfinite(high) and low <= 1 <= high
+
+
+def _simplest(
+    records: list[Record],
+    chosen: Configuration,
+    baseline: Configuration | None,
+    context: int,
+    objective: Objective,
+) -> Configuration:
+    """Of what tied when it was measured again, the simplest that is near the fastest; the chosen where nothing was.
+
+    Where the fastest is significantly faster than the baseline, so is what is recommended.
+    """
+    ties = tied(records, chosen.load_group, context, objective)
+
+    def gains(configuration: Configuration) -> bool:
+        return _compare(records, configuration, baseline, context, objective)[1] > 1
+
+    good = [c for c in ties if _compare(records, c, ties[0], context, objective)[0] >= NEAR]
+    return min([c for c in good if gains(c) or not gains(ties[0])] or [chosen], key=lambda c: c.simplicity)
+
+
 def _sound(records: list[Record], context: int) -> list[Record]:
     """What was ok at this context and never failed there."""
     broken = _broken(records, context)
@@ -401,13 +496,22 @@ def make_policy(
 
     Rests on the records of stage `final` where there are some. None where nothing is feasible.
     """
+    records, baselines, finalists = as_done(records), _at(baselines), _at(chosen)
     chosen = settle(records, chosen, baselines, workload, reloads)
     if not chosen:
         return None
     default = load_of(chosen[max(chosen)])
     rules: list[Rule] = []
     for context in sorted(chosen):
-        rule = _rule(records, chosen[context], baselines.get(context), context, workload)
+        group, ours = finalists[context].load_group, chosen[context]
+        ties = tied(records, group, context, workload.objective, beside=ours)
+        rule = _rule(records, ours, baselines.get(context), context, workload)
+        rule.ties = _ties(records, ours, ties, context, workload.objective)
+        for tie in rule.ties:
+            knobs = to_configuration(tie.load, tie.settings).differs_from(ours)
+            rule.note += (
+                f"; a tie with {knobs} ({tie.gain:.2f} times as fast{', in the search' * (tie.stage != 'final')})"
+            )
         rule.note += _boundary_note(records, chosen, context, workload)
         rule.load = None if load_of(chosen[context]) == default else load_of(chosen[context])
         rules.append(rule)
@@ -443,12 +547,21 @@ def settle(
     workload: Workload,
     reloads: bool = False,
 ) -> dict[int, Configuration]:
-    """What of the chosen stood when it was measured again, or stock where nothing of it is significantly faster."""
-    chosen = _standing(records, chosen, workload.objective)
+    """The simplest of what was fastest when it was measured again, or stock where that is not significantly faster."""
+    records, baselines = as_done(records), _at(baselines)
+    chosen = _standing(records, _at(chosen), workload.objective)
     contexts = [context for context in chosen if context in workload.contexts]
     stock = _stock(records, contexts, baselines, reloads)
+    for context in contexts:
+        against = (stock or baselines).get(context)
+        chosen[context] = _simplest(records, chosen[context], against, context, workload.objective)
     faster = [c for c in stock if _compare(records, chosen[c], stock[c], c, workload.objective)[1] > 1]
     return stock if stock and not faster else chosen
+
+
+def _at(choice: dict[int, Configuration]) -> dict[int, Configuration]:
+    """Each as it is carried out at its context."""
+    return {context: configuration.at(context) for context, configuration in choice.items()}
 
 
 def _stock(
@@ -548,6 +661,30 @@ def _rule(
     )
 
 
+def _ties(
+    records: list[Record], ours: Configuration, finals: list[Configuration], context: int, objective: Objective
+) -> list[Tie]:
+    """What tied with ours in the finals, then what was not measured again and looked alike in the search."""
+    looks = [r for r in records if r.stage in ("search", "baseline") and r.context_tokens == context and r.tokens_per_s]
+    again = {r.configuration for r in records if r.stage == "final" and r.context_tokens == context}
+    others = [c for c in rivals(looks, ours, context, objective) if c not in again and ours in again]
+    alike = [c for c in others if _within(_compare(looks, c, ours, context, objective))]
+    found = []
+    for other, basis in [*((c, records) for c in finals if c != ours), *((c, looks) for c in alike)]:
+        gain, low, high = _compare(basis, other, ours, context, objective)
+        evidence = _evidence(basis, other, context)
+        tie = Tie(
+            load=load_of(other),
+            settings=settings_of(other),
+            tokens_per_s=expected_of(evidence).tokens_per_s,
+            gain=gain,
+            gain_interval=(low, high) if math.isfinite(high) else None,
+            stage=evidence[0].stage,
+        )
+        found.append(tie)
+    return found
+
+
 def _unrestricted(
     records: list[Record], configuration: Configuration, context: int, objective: Objective
 ) -> Unrestricted | None:
@@ -571,7 +708,7 @@ def _unrestricted(
 def _boundary_note(records: list[Record], chosen: dict[int, Configuration], context: int, workload: Workload) -> str:
     """How well it is known where this rule takes over from the one before, where that has other settings."""
     before = max((c for c in chosen if c < context), default=None)
-    if before is None or chosen[before] == chosen[context]:
+    if before is None or chosen[before] == chosen[context].at(before):
         return ""
     tried = [r for r in records if r.stage == "boundary" and r.configuration == chosen[context]]
     between = sorted({r.context_tokens for r in tried if before < r.context_tokens < context})

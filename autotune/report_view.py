@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from autotune.config import MIB, Budget, Configuration, LoadGroup, Objective, Record, Workload, within_noise
+from autotune.policy import as_done
 
 KNOBS = tuple(f.name for f in fields(Configuration))
 LOAD_KNOBS = tuple(f.name for f in fields(LoadGroup))
@@ -91,6 +92,7 @@ class View:
     """A run with what every section asks of it: one record per configuration and context, the baseline, the answers."""
 
     def __init__(self, run: RunData) -> None:
+        run = replace(run, records=as_done(run.records))  # what does the same is told as one
         self.run, self.policy, self.budget = run, run.policy or {}, run.budget.bytes / MIB
         self.unit, self._figure, self._interval = _RATES[run.workload.objective]
         model = self.policy.get("model") or run.info.get("model") or "model"
@@ -137,7 +139,7 @@ class View:
             (rule.get("load") or load, rule["max_context_tokens"], rule) for rule in self.policy.get("rules") or []
         ]
         for group, context, entry in [*rules, *((entry["load"], entry["context_tokens"], entry) for entry in stock)]:
-            key = _configuration(group, entry["settings"]), context
+            key = _configuration(group, entry["settings"]).at(context), context
             expected = entry.get("expected") or {}
             names = ("tokens_per_s", "tokens_per_s_interval", "decode_tokens_per_s", "ttft_s", "peak_bytes")
             if key in self.measured:
@@ -168,6 +170,7 @@ class View:
     def _chosen(self, rule: Mapping[str, Any], context: int) -> Record:
         """The stored record of a rule's configuration, or what the policy expects where the storage has none."""
         configuration = _configuration(rule.get("load") or self.policy.get("load") or {}, rule["settings"])
+        configuration = configuration.at(context)
         known = {"configuration": asdict(configuration), "context_tokens": context, "outcome": "ok"}
         expected = Record.from_json({**(rule.get("expected") or {}), **known})
         return self.measured.get((configuration, context), expected)

@@ -89,7 +89,7 @@ def _compared(view: View, answer: Answer, other: Record) -> list[object]:
     bound = not answer.kept and not view.run.info.get("reloads")
     if low > 1 and bound and ours.load_group != theirs.load_group:
         said += ["; but one load serves all contexts"]
-    elif low <= 1 <= high and ours.complexity < theirs.complexity and math.isfinite(high):
+    elif low <= 1 <= high and ours.simplicity < theirs.simplicity and math.isfinite(high):
         said += ["; the chosen is simpler"]
     return said
 

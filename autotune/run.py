@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from . import __version__, references
 from . import plan as planning
 from .config import HEAD_WEIGHTS, Configuration, Record, Workload, mib
 from .earlier import Earlier, earlier_runs, learnt_from
-from .policy import Policy, best_group, choose, make_policy, settle, speedup, write_policy
+from .policy import Policy, best_group, choose, make_policy, near, rivals, settle, speedup, tied, write_policy
 from .report import write_report
 from .report_view import RunData
 from .request import Request, check_inputs
@@ -28,6 +28,8 @@ from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
 COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
+FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with a rival each does not take more
+RIVALS = 3  # per context, the most that are measured again beside the chosen
 _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
 _TRIAL_S = 600.0  # the longest that one measurement may take
 _FEW = 2000  # pairs that are looked through one by one
@@ -76,7 +78,9 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             search.run()
             watch.note(_coverage(search) + _ended(request, info, search))
             chosen, baselines = _finalists(search, candidates, request.reloads)
-            _finals(search, trials, chosen, baselines, watch, request.started + request.timeout_s)
+            end = request.started + request.timeout_s
+            until = min(end, search.now() + FINAL_SHARE * request.timeout_s)
+            _finals(search, trials, chosen, baselines, watch, until, end)
             chosen |= _boundaries(request, search, trials, info, chosen, baselines, watch)
         except KeyboardInterrupt:
             watch.note("stopped: finishing with what was measured")
@@ -479,23 +483,27 @@ class Foresight:
 
 def _reserve(search: Search, request: Request, reference_s: float) -> float:
     """Seconds that the finalists, baselines that wait and a look for each boundary will take, at most two fifths."""
-    seconds, lacking = 0.0, 0
+    stock, ours, lacking = 0.0, 0.0, 0
     for context in search.workload.contexts:
         here = [r for (_, at), r in search.known.items() if at == context and r.tokens_per_s]
         sides = [r for r in here if r.stage == "baseline"], [r for r in here if r.outcome == "ok"]
-        fastest = (max(side, key=lambda r: r.tokens_per_s or 0) for side in sides if side)
-        seconds += sum(r.measure_s or 0 for r in fastest)
+        fastest = [[max(side, key=lambda r: r.tokens_per_s or 0)] if side else [] for side in sides]
+        stock += sum(r.measure_s or 0 for r in fastest[0])
+        ours += sum(r.measure_s or 0 for r in fastest[1])
         lacking += not sides[0]
     longest = max((r.measure_s or 0 for r in search.known.values()), default=0.0)
     load = max((r.load_s or 0 for r in search.known.values()), default=0) + 6
     chosen = choose(list(search.known.values()), search.workload, request.reloads)
     loads = 1 + max(1, len({configuration.load_group for configuration in chosen.values()}))
-    finals = FINAL_ROUNDS * (_CARE_OVER_LOOK * seconds + loads * load)
+    turn = _CARE_OVER_LOOK * (stock + ours) + loads * load
+    rival = _CARE_OVER_LOOK * ours
+    finals = max(turn + rival, min(FINAL_ROUNDS * (turn + RIVALS * rival), FINAL_SHARE * request.timeout_s))
     finals += lacking * (1 + FINAL_ROUNDS) * longest + bool(lacking) * load
     looks = [
         _seconds(search, [(chosen[low], high), (chosen[high], high), (chosen[low], high)], load=True)
         for low, high in _changes(chosen, search.workload)
     ]
+    finals += longest  # the search's last look may begin right before its end
     return min(request.timeout_s * 0.4, finals + sum(looks) + (reference_s if looks else 0))
 
 
@@ -569,26 +577,94 @@ def _finals(
     baselines: dict[int, Configuration],
     watch: Watch,
     until: float,
+    end: float,
 ) -> None:
     """Chosen, baseline, chosen, baseline: each turn in a fresh worker. One of them, where both are the same.
 
-    Where what is left of the time `until` is less than the turns before took, there is no other.
+    Right after the chosen of a context come its rivals, in the same worker: what the search found as fast, in the next
+    turn what still is. Where what is left of the time `until` is less than the turns before took, there is no other.
+    One turn there is always, with a rival for each context where it has room before the `end` of the run.
     """
+    chosen = {context: configuration.at(context) for context, configuration in chosen.items()}
     sides = {"chosen": chosen, "baseline": baselines}
     if chosen == baselines:
-        del sides["chosen"]
-    began = search.now()
+        del sides["baseline"]
+    began, objective = search.now(), search.workload.objective
+    finals: list[Record] = []
+
+    def again(configuration: Configuration, context: int) -> Record:
+        record = search.measure(configuration, context, "final")
+        search.studies.keep(record)
+        watch.record(record)
+        finals.append(record)
+        return record
+
+    others = _rivals(search, chosen, baselines, until, end)
     for turn in range(FINAL_ROUNDS):
         if turn and search.now() + (search.now() - began) / turn > until:
             watch.note(f"no time to measure the chosen again more than {turn} of {FINAL_ROUNDS} times: raise --timeout")
             return
+        if turn:
+            others = {c: [r for r in others[c] if r in tied(finals, r.load_group, c, objective)] for c in chosen}
         for name, side in sides.items():
             trials.close()
             for context in sorted(side, key=lambda c: (str(side[c].load_group), c)):
                 watch.phase(f"measuring the {name} again, {turn + 1} of {FINAL_ROUNDS}")
-                record = search.measure(side[context], context, "final")
-                search.studies.keep(record)
-                watch.record(record)
+                ours = again(side[context], context)
+                for rival in others[context] if side is chosen else []:
+                    watch.phase(f"measuring what may be as fast, {turn + 1} of {FINAL_ROUNDS}")
+                    if _known(search, rival, context) is None:  # a look first: most are not worth more
+                        look = search.measured(rival, context)
+                        if look.outcome != "ok" or ours.outcome != "ok" or not near([look], [ours], objective):
+                            continue
+                    again(rival, context)
+
+
+def _rivals(
+    search: Search,
+    chosen: dict[int, Configuration],
+    baselines: dict[int, Configuration],
+    until: float,
+    end: float,
+) -> dict[int, list[Configuration]]:
+    """What is measured again beside the chosen, per context.
+
+    What the search found as fast and what it never measured there, in turns: one for each context where there is time
+    for one turn before the `end`, more where there is for all turns within `until`.
+    """
+    offers = {}
+    for context, leader in chosen.items():
+        known = rivals(list(search.known.values()), leader, context, search.workload.objective)
+        elsewhere = [c.at(context) for c in chosen.values() if c.load_group == leader.load_group]
+        mixed = zip_longest(known, _untried(search, leader, elsewhere, context))
+        offers[context] = [c for pair in mixed for c in pair if c not in (None, baselines.get(context))]
+    room, spent = [end - search.now(), *[(until - search.now()) / FINAL_ROUNDS] * (RIVALS - 1)], 0.0
+    sides = [chosen, baselines] if chosen != baselines else [chosen]
+    turn = sum(_seconds(search, [(c, context) for context, c in side.items()], load=True) for side in sides)
+    found: dict[int, list[Configuration]] = {context: [] for context in chosen}
+    for rank in range(RIVALS):
+        for context, offer in offers.items():
+            if rank < len(offer):
+                looks = 1 + (_known(search, offer[rank], context) is None)
+                seconds = looks * _seconds(search, [(chosen[context], context)])
+                if turn + spent + seconds <= room[rank]:
+                    found[context].append(offer[rank])
+                    spent += seconds
+    return found
+
+
+def _untried(
+    search: Search, leader: Configuration, elsewhere: list[Configuration], context: int
+) -> list[Configuration]:
+    """The leader with its cache, its chunks, its launch or all of them stock, and what leads elsewhere; simplest first.
+
+    What was measured, cannot fit or is not in the space is left out.
+    """
+    stock = {knob: getattr(Configuration(), knob) for knob in ("cache", "prefill_chunk", "launch")}
+    changed = {leader.replace(**stock), *(leader.replace(**{knob: word}) for knob, word in stock.items())}
+    legal = [c for c in {*changed, *elsewhere} - {leader} if search.space.parameters(c) is not None]
+    new = [c for c in legal if _known(search, c, context) is None and not search.hopeless(c, context)]
+    return sorted(new, key=lambda c: c.simplicity)
 
 
 def _boundaries(
@@ -639,12 +715,15 @@ def _boundaries(
 
 
 def _changes(chosen: dict[int, Configuration], workload: Workload) -> list[tuple[int, int]]:
-    """Neighbouring contexts whose choices differ, but not in what they load: both can be measured side by side."""
+    """Neighbouring contexts whose choices differ, but not in what they load: both can be measured side by side.
+
+    Where the longer one's does the same at the shorter one, nothing changes between them.
+    """
     pairs = [pair for pair in pairwise(sorted(workload.contexts)) if all(context in chosen for context in pair)]
     return [
         (low, high)
         for low, high in pairs
-        if chosen[low] != chosen[high] and chosen[low].load_group == chosen[high].load_group
+        if chosen[low].at(low) != chosen[high].at(low) and chosen[low].load_group == chosen[high].load_group
     ]
 
 
@@ -671,9 +750,15 @@ def _bisect(search: Search, lower: tuple[int, Configuration], upper: tuple[int, 
     return lengths[left]
 
 
+def _known(search: Search, configuration: Configuration, context: int) -> Record | None:
+    """What the search measured of the same thing."""
+    same = (r for (c, at), r in search.known.items() if at == context and c.at(at) == configuration.at(at))
+    return next(same, None)
+
+
 def _seconds(search: Search, pairs: list[tuple[Configuration, int]], load: bool = False) -> float:
     """What measuring these took, or what measuring anything took at most; with the load."""
-    known = [search.known.get(pair) for pair in pairs]
+    known = [_known(search, *pair) for pair in pairs]
     longest = max((r.measure_s or 0 for r in search.known.values()), default=0.0)
     seconds = sum((r.measure_s or 0) if r is not None else longest for r in known)
     return _CARE_OVER_LOOK * seconds + (max((r.load_s or 0 for r in known if r is not None), default=0.0) + 6) * load

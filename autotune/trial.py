@@ -237,6 +237,7 @@ class Trials:
         self._failed: dict[LoadGroup, WorkerFailed] = {}
         self._quality: dict[tuple[tuple[str, ...], int], dict[str, Any]] = {}
         self._answered: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._checked: set[tuple[Configuration, int]] = set()  # whose text was that of plain decoding for every prompt
 
     def learn(self, record: Record) -> None:
         """The same text at the same context has the same quality: it is measured once. So are a task's answers,
@@ -310,7 +311,7 @@ class Trials:
                 inputs=self.inputs.tokens,
                 reference=self.inputs.references.get(context) if known is None else None,
                 task=self.inputs.task if answered is None else None,
-                careful=careful,
+                careful=careful and (configuration, context) not in self._checked,
                 min_rounds=rounds,
                 limit_s=min(limit_s, timeout_s / 4),
                 bar=bar,
@@ -332,6 +333,8 @@ class Trials:
         hidden = _spilled(answer, worker.witness.peak)
         outcome, reason = self._judge(answer, answer.pop("wrong_output"), answer.pop("drift", 1.0), hidden)
         record = Record(configuration, context, outcome, reason, stage=stage, **answer)
+        if careful and outcome == "ok":
+            self._checked.add((configuration, context))
         self.learn(record)
         return record
 

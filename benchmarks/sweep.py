@@ -7,8 +7,10 @@ resident but idle, which the search may also try.
 
 One load group after another, in a seeded order, so that a sweep that is not finished holds whole groups of every kind.
 The file is JSON Lines: the first line tells what was swept, where and with what; then a line a measurement, appended
-and forced to the disk. The same command continues where it ended; a finished sweep is compressed. A line has the record
-(failures as they came; step times summed up, rounds kept: a replay draws its noise from them) and beside it
+and forced to the disk. The same command continues where it ended; a finished sweep is compressed. Several machines, or
+several GPUs of one, can share a sweep: `--shard 2/4` measures the second of four parts, each of whole load groups, and
+`--join` puts the parts together. A line has the record (failures as they came; step times summed up, rounds kept: a
+replay draws its noise from them) and beside it
 
 - `took_s`: all that this measurement took, as a run would wait for it, a load included;
 - `load_s`: what of that went to starting a worker and loading, where that was needed, as seen from outside;
@@ -35,7 +37,7 @@ from typing import IO, Any
 import click
 
 from autotune import plan, run
-from autotune.config import Budget, Configuration, Record, Workload, mib, parse_tokens
+from autotune.config import Budget, Configuration, LoadGroup, Record, Workload, mib, parse_tokens
 from autotune.demo import DRAFT, TARGET
 from autotune.request import check_inputs
 from autotune.results import RunError
@@ -43,7 +45,8 @@ from autotune.space import Space, SpaceError, read_space
 from autotune.trial import Trials
 
 UNLIMITED = 10**13  # bytes: under no budget
-IDENTITY = ("model", "drafts", "workload", "device", "hardware", "space", "sample", "groups", "seed")
+IDENTITY = ("model", "drafts", "workload", "device", "hardware", "space", "sample", "groups", "seed", "shard")
+OWN = ("shard", "device", "started")  # what parts of one sweep do not share
 
 Pair = tuple[Configuration, int]
 
@@ -95,6 +98,46 @@ def by_group(asked: list[Configuration], stock: int, sample: int | None, groups:
         rest = [configuration for configuration in rest if configuration in drawn]
     order = {group: at for at, group in enumerate(dict.fromkeys([c.load_group for c in asked[:stock]] + others))}
     return sorted([*asked[:stock], *rest], key=lambda c: order[c.load_group])
+
+
+def part(order: list[Configuration], number: int, count: int) -> list[Configuration]:
+    """The part with that number, 1 to `count`: whole load groups, each given to the part that has the fewest yet."""
+    sizes, parts = Counter(c.load_group for c in order), [0] * count
+    given: dict[LoadGroup, int] = {}
+    for group in sorted(sizes, key=lambda group: -sizes[group]):
+        given[group] = parts.index(min(parts))
+        parts[given[group]] += sizes[group]
+    return [configuration for configuration in order if given[configuration.load_group] == number - 1]
+
+
+def join(paths: list[Path], out: Path) -> dict[str, Any]:
+    """Put parts of one sweep together, as far as they go. Returns the figures of the last line."""
+    headers, lines = [], []
+    for path in paths:
+        first, *rest = [json.loads(line) for line in path.read_text().splitlines()]
+        headers.append(first)
+        lines += rest
+    differing = [key for key in IDENTITY for header in headers if key not in OWN and header[key] != headers[0][key]]
+    shards = Counter(header["shard"] for header in headers)
+    if differing or max(shards.values()) > 1:
+        what = f"another {', '.join(dict.fromkeys(differing))}" if differing else "the same part twice"
+        raise click.UsageError(f"--join: these are not parts of one sweep: they have {what}")
+    count = int(headers[0]["shard"].partition("/")[2])
+    chosen = sum(header["chosen"] for header in headers)
+    header = {**headers[0], "shard": "", "parts": len(headers), "chosen": chosen}
+    out.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines]))
+    pairs = chosen * len(header["workload"]["contexts"])
+    finished = len(headers) == count and len(lines) == pairs
+    return {
+        "benchmark": "sweep",
+        "legal": header["legal"],
+        "chosen": chosen,
+        "pairs": pairs,
+        "measured": len(lines),
+        "outcomes": dict(Counter(line["record"]["outcome"] for line in lines)),
+        "finished": finished,
+        "out": str(compress(out)),
+    }
 
 
 def renamed(configuration: Configuration, names: dict[str, str]) -> Configuration:
@@ -168,7 +211,13 @@ def compress(path: Path) -> Path:
 
 
 def sweep(
-    request: run.Request, header: dict[str, Any], out: Path, sample: int | None, groups: int | None, seed: int
+    request: run.Request,
+    header: dict[str, Any],
+    out: Path,
+    sample: int | None,
+    groups: int | None,
+    seed: int,
+    shard: tuple[int, int] | None,
 ) -> dict[str, Any]:
     """Measure what the file does not hold yet, until the time is up. Returns the figures of the last line."""
     stamps, contexts = Stamps(), request.workload.contexts
@@ -181,6 +230,8 @@ def sweep(
         precision = info["environment"]["full_precision"]
         asked, stock = configurations(space, precision), len(run._stock(precision, space))
         order = by_group(asked, stock, sample, groups, seed)
+        if shard is not None:
+            order = part(order, *shard)
         pairs: list[Pair] = list(itertools.product(order, contexts))
         choices = {**space.choices, "draft": [names.get(word, word) for word in space.choices["draft"]]}
         header |= {
@@ -228,7 +279,7 @@ def sweep(
         "measured": len(done),
         "outcomes": dict(Counter(done.values())),
         "finished": finished,
-        "out": str(compress(out) if finished else out),
+        "out": str(compress(out) if finished and shard is None else out),
     }
 
 
@@ -239,9 +290,19 @@ def _words(record: Record) -> str:
     return f"{' '.join(words)} {c.prefill_chunk} {c.launch} at {record.context_tokens}: {record.outcome} {rate}"
 
 
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise click.UsageError(f"--shard {text}: give a part's number and how many there are, like 2/4")
+    return int(number), int(count)
+
+
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path, exists=True), help="a model folder; else the bundled pair")
 @click.option("--draft", "drafts", type=click.Path(path_type=Path, exists=True), multiple=True, help="may be repeated")
+@click.option(
+    "--text", type=click.Path(path_type=Path, exists=True), help="what is read and predicted; else the bundled"
+)
 @click.option("--space", "space_name", default="default", show_default=True, help="a search space or a TOML file")
 @click.option("--contexts", default="512,2k,4k", show_default=True)
 @click.option("--new-tokens", default=128, show_default=True)
@@ -249,12 +310,15 @@ def _words(record: Record) -> str:
 @click.option("--sample", type=click.IntRange(1), help="only that many configurations, drawn at random")
 @click.option("--groups", type=click.IntRange(1), help="only of that many load groups, drawn at random")
 @click.option("--seed", default=0, show_default=True, help="of the order and of what is drawn")
+@click.option("--shard", default="", help="measure one part of the load groups, like 2/4: the second of four")
+@click.option("--join", "joined", type=click.Path(path_type=Path, exists=True), multiple=True, help="a part; repeat it")
 @click.option("--note", default="", help="what a reader of the file should know, kept in its first line")
 @click.option("--timeout", default=3600, show_default=True, help="seconds; the same command continues")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="the file, ending in .jsonl")
 def main(
     model: Path | None,
     drafts: tuple[Path, ...],
+    text: Path | None,
     space_name: str,
     contexts: str,
     new_tokens: int,
@@ -262,6 +326,8 @@ def main(
     sample: int | None,
     groups: int | None,
     seed: int,
+    shard: str,
+    joined: tuple[Path, ...],
     note: str,
     timeout: int,
     out: Path,
@@ -275,8 +341,16 @@ def main(
         raise click.UsageError(f"--out {out}: the name must end in .jsonl; .gz is added when the sweep is finished")
     if out.with_name(out.name + ".gz").exists():
         raise click.UsageError(f"--out {out}.gz is a finished sweep: give another file")
+    if joined:
+        click.echo(json.dumps(join(list(joined), out)))
+        return
+    number = _shard(shard) if shard else None
     model, drafts = (model, drafts) if model else (TARGET, (DRAFT,))
-    workload = Workload(tuple(parse_tokens(word) for word in contexts.split(",")), new_tokens=new_tokens)
+    workload = Workload(
+        tuple(parse_tokens(word) for word in contexts.split(",")),
+        new_tokens=new_tokens,
+        text=str(text) if text else None,
+    )
     with tempfile.TemporaryDirectory() as folder:
         try:
             request = run.Request(
@@ -296,12 +370,15 @@ def main(
                 "note": note,
                 "model": run.fingerprint(model)["weights_sha256"],
                 "drafts": [run.fingerprint(draft)["weights_sha256"] for draft in drafts],
-                "workload": json.loads(json.dumps(dataclasses.asdict(workload))),
+                "workload": json.loads(
+                    json.dumps({**dataclasses.asdict(workload), "text": text.name if text else None})
+                ),
                 "device": request.budget.device,
                 "space_name": Path(space_name).stem,
                 "sample": sample,
                 "groups": groups,
                 "seed": seed,
+                "shard": shard,
                 "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
                 "shapes": dict(
                     zip(
@@ -311,7 +388,7 @@ def main(
                     )
                 ),
             }
-            figures = sweep(request, header, out, sample, groups, seed)
+            figures = sweep(request, header, out, sample, groups, seed, number)
         except (plan.PlanError, SpaceError, RunError) as error:
             raise click.UsageError(str(error)) from None
     click.echo(f"{figures['measured']} of {figures['pairs']} pairs are in {figures['out']}: {figures['outcomes']}")

@@ -27,6 +27,7 @@ from autotune.engine.cache import (
     Float8Layer,
     QuantizedLayer,
     StaticLayer,
+    _numbers,
     _pack,
     _unpack,
     make_cache,
@@ -90,12 +91,11 @@ def contents(cache: Cache) -> list[torch.Tensor]:
             stored, groups = layer.stored, layer.stored // GROUP
             held += [torch.tensor([layer.stored, layer.recent])]
             held += [layer.keys[:, :, : layer.recent], layer.values[:, :, : layer.recent]]
-            held += [layer.key_codes[:, :, :stored], layer.value_codes[:, :, :stored], layer.value_scale[:, :, :stored]]
+            held += [layer.key_codes[:, :, :stored], layer.value_codes[:, :, :stored]]
             if isinstance(layer, Float8Layer):
-                held += [layer.key_scale[:, :, :stored]]
+                held += [layer.key_scale[:, :, :stored], layer.value_scale[:, :, :stored]]
             else:
-                held += [layer.key_scale[:, :, :groups], layer.key_minimum[:, :, :groups]]
-                held += [layer.value_minimum[:, :, :stored]]
+                held += [layer.key_ranges[:, :, :groups], layer.value_ranges[:, :, :, :stored]]
         else:
             length = layer.get_seq_length()
             held += [torch.tensor(length), layer.keys[:, :, :length], layer.values[:, :, :length]]
@@ -362,7 +362,7 @@ def test_packing_loses_nothing(bits, seed, tokens, quarters):
     values = torch.randint(0, 2**bits, (1, 2, tokens, 4 * quarters), generator=generator, dtype=torch.uint8)
     packed = _pack(values, bits)
     assert packed.shape[-1] * 8 == values.shape[-1] * bits
-    assert torch.equal(_unpack(packed, bits, torch.float32), values.float())
+    assert torch.equal(_unpack(packed, bits), values)
 
 
 def test_the_layout_of_a_packed_byte_is_as_documented():
@@ -478,6 +478,30 @@ def test_head_sizes_that_cannot_be_packed_are_unsupported(word, dim, value_dim):
     cache = new_cache(word)
     with pytest.raises(Unsupported, match="needs keys and values of one even size"):
         cache.update(torch.zeros(1, 2, 3, dim), torch.zeros(1, 2, 3, value_dim), 0)
+
+
+def test_moving_the_bits_of_float8_gives_the_numbers_that_they_stand_for():
+    codes = torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 < 127].view(torch.float8_e4m3fn)  # no NaN
+    moved = _numbers(codes, torch.empty(0))
+    assert torch.equal(moved, codes.float())
+    assert torch.equal(moved.signbit(), codes.float().signbit())
+
+
+@pytest.mark.parametrize("word", QUANTIZED)
+def test_in_bfloat16_stored_tokens_are_rounded_once(word):
+    """What is read is what float32 gives, rounded."""
+    new = [
+        torch.randn((1, HEADS, 4 * GROUP, 64), generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1)
+    ]
+    layer = make_cache(word, tiny("llama").config, 300, "cpu").layers[0]
+    layer.update(*new)
+    newest = [states[:, :, :1] for states in new]
+    reads = [
+        layer.read(*(states.to(dtype) for states in newest), layer.stored) for dtype in (torch.bfloat16, torch.float32)
+    ]
+    for read, exact in zip(*reads, strict=True):
+        assert read.dtype == torch.bfloat16
+        assert torch.equal(read, exact.bfloat16())
 
 
 def test_fp8_takes_keys_and_values_of_different_sizes():

@@ -241,6 +241,30 @@ def test_complexity_counts_what_is_not_stock_but_the_weights() -> None:
     assert Configuration(draft="prompt-lookup", depth=4, speculation="adaptive").complexity == 3
 
 
+@given(configurations, configurations)
+def test_simplicity_puts_any_two_in_one_order_and_first_by_how_many_knobs_differ(
+    one: Configuration, other: Configuration
+) -> None:
+    assert (one.simplicity == other.simplicity) == (one == other)
+    assert (one.simplicity < other.simplicity) != (other.simplicity <= one.simplicity)
+    if one.complexity < other.complexity:
+        assert one.simplicity < other.simplicity
+
+
+def test_of_as_many_knobs_the_first_decides_by_the_order_of_its_words() -> None:
+    static, chunks, graph = (
+        Configuration(cache="static"),
+        Configuration(prefill_chunk=512),
+        Configuration(launch="graph"),
+    )
+    assert sorted([static, graph, chunks], key=lambda c: c.simplicity) == [graph, chunks, static]
+    lookups = [Configuration(draft="prompt-lookup", depth=depth) for depth in (2, 4, 16)]
+    drafts = [Configuration(draft="/a/draft", draft_weights="none", depth=2)]
+    assert sorted([*drafts, *lookups[::-1]], key=lambda c: c.simplicity) == [*lookups, *drafts]
+    caches = [Configuration(cache=cache) for cache in ("static", "quantized-8", "quantized-4", "offloaded")]
+    assert sorted([*caches[2:], *caches[:2]], key=lambda c: c.simplicity) == caches
+
+
 @given(records)
 def test_a_record_survives_json(record: Record) -> None:
     assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record

@@ -531,10 +531,9 @@ def test_a_cache_that_was_gone_on_from_holds_what_a_fresh_one_holds(cache, chunk
             assert (ours.stored, ours.recent) == (theirs.stored, theirs.recent)
             assert torch.equal(ours.keys[:, :, : ours.recent], theirs.keys[:, :, : ours.recent])
             assert torch.equal(ours.values[:, :, : ours.recent], theirs.values[:, :, : ours.recent])
+            window = ours.keys[:, :, : ours.recent], ours.values[:, :, : ours.recent]
             for mine, fresh_ones in zip(
-                ours._dequantized(ours.stored, torch.float32),
-                theirs._dequantized(ours.stored, torch.float32),
-                strict=True,
+                ours.read(*window, ours.stored), theirs.read(*window, ours.stored), strict=True
             ):
                 assert torch.equal(mine, fresh_ones)
 

@@ -129,6 +129,20 @@ def test_recordings_serve_the_requests_of_one_bucket(monkeypatch: pytest.MonkeyP
     assert recorded
 
 
+def test_a_target_and_its_draft_share_the_memory_of_their_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_new_pool", lambda device: object())
+    engine = make_engine()
+    configuration = Configuration(cache="static", draft="draft", depth=2, launch="graph")
+    seen = []
+    for prompt in (PROMPT, PROMPT * 4):  # another bucket, whose recordings are others
+        engine.generate(prompt, configuration, 8)
+        pools = {runner.pool for runner in engine._recordings.kept.values() if isinstance(runner, graph.StepRunner)}
+        assert len(engine._recordings.kept) == 2
+        assert len(pools) == 1
+        seen += pools
+    assert seen[0] is not seen[1]
+
+
 @pytest.mark.parametrize("draft", ["draft", "prompt-lookup"])
 @pytest.mark.parametrize("cache", CACHES)
 def test_an_adaptive_depth_records_few_steps_and_gives_the_eager_text(

@@ -91,7 +91,8 @@ def test_four_bit_codes_are_within_half_a_step_of_the_weight() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_gives_few_tokens_and_many_the_same_product(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
-    monkeypatch.setattr(linear_module, "UNPACKED", 16 * 256)  # several parts, the last one smaller
+    monkeypatch.setattr(linear_module, "UNPACKED", 20 * 256)  # several parts of whole tiles, the last one smaller
+    monkeypatch.setattr(linear_module, "TILE", 16)
     torch.manual_seed(0)
     layer = torch.nn.Linear(256, 40, bias=bias).bfloat16().to(DEVICE)
     packed = Int4Linear(layer, DEVICE)
@@ -136,7 +137,8 @@ def test_a_recorded_product_follows_its_input_on_a_gpu() -> None:
 
 
 def test_codes_of_somebody_else_give_the_product_of_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "UNPACKED", 16 * 256)  # several parts, the last one smaller
+    monkeypatch.setattr(linear_module, "UNPACKED", 20 * 256)  # several parts of whole tiles, the last one smaller
+    monkeypatch.setattr(linear_module, "TILE", 16)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (40, 256), dtype=torch.uint8, generator=generator)
     zero = torch.randint(0, 16, (2, 40), dtype=torch.uint8, generator=generator)

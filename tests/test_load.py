@@ -219,6 +219,21 @@ def test_widths_that_bitsandbytes_gets_wrong_on_a_cpu_are_unsupported(word, colu
         quantize_linear(nn.Linear(columns, 64), word, "cpu")
 
 
+@pytest.mark.parametrize(("weights", "source"), [("quanto-int4", "cpu"), ("quanto-int8", "meta")])
+def test_what_is_quantized_by_rows_is_never_whole_on_the_device(saved, monkeypatch, weights, source):
+    sources = []
+
+    def quantize(linear, word, device):
+        sources.append(str(linear.weight.device))
+        return linear
+
+    monkeypatch.setattr(load, "quantize_linear", quantize)
+    with pytest.raises(Unsupported, match="no tensor"):  # since what is on this device is not there
+        load_model(saved["llama"], weights=weights, lm_head="int8", device="meta")
+    assert sources[0] == "meta"  # the lm_head
+    assert set(sources[1:]) == {source}
+
+
 @pytest.mark.skipif(
     "AUTOTUNE_SLOW_TESTS" not in os.environ,
     reason="quanto-int4 compiles an extension for about a minute: set AUTOTUNE_SLOW_TESTS to run it",

@@ -26,20 +26,25 @@ from autotune.policy import (
     Policy,
     PolicyError,
     _t95,
+    as_done,
     best_group,
     best_in_group,
     choose,
     expected_of,
     load_of,
     make_policy,
+    near,
     read_policy,
+    rivals,
     schema,
     settings_of,
     speedup,
+    tied,
     to_configuration,
     write_policy,
 )
 from autotune.run import fingerprint
+from benchmarks import repeats
 
 BUDGET = Budget(1000 * MIB)
 DRAFT = "/models/draft"
@@ -861,3 +866,179 @@ def test_a_task_is_stated_by_the_first_record_that_was_asked() -> None:
     policy.rules[0].expected = expected
     assert "F1 64% (-1.2 points)" in printed(policy)
     assert as_markdown(policy).count("F1 64% (-1.2 points)") == 1
+
+
+# Ties ----------------------------------------------------------------------------------------------------------------
+
+PLAIN = FAST.replace(cache="dynamic", depth=0)
+DEEP = FAST.replace(depth=6)
+
+
+def finals(rates: dict[Configuration, float], context: int = 512, spread: float = 0.01) -> list[Record]:
+    """One record each of three rounds: at a spread of 1 %, errors of 2.8 %."""
+    return [synthetic_record(c, context, around(rate, spread), stage="final") for c, rate in rates.items()]
+
+
+def tied_with(policy: Policy | None, at: int = 0) -> list[Configuration]:
+    assert policy is not None
+    return [to_configuration(tie.load, tie.settings) for tie in policy.rules[at].ties]
+
+
+@given(st.permutations([(DEEP, 100.0), (FAST, 97.8), (PLAIN, 95.6)]))
+def test_ties_are_with_the_fastest_only_and_the_simplest_of_them_is_recommended(
+    rates: list[tuple[Configuration, float]],
+) -> None:
+    records = finals(dict(rates))
+    assert tied(records, FAST.load_group, 512, "end-to-end") == [DEEP, FAST]
+    policy = policy_of(records, {512: DEEP}, {})
+    assert chosen_at(policy, 512) == FAST
+    assert tied_with(policy) == [DEEP]
+    assert policy is not None
+    (tie,) = policy.rules[0].ties
+    assert tie.gain == pytest.approx(100 / 97.8)
+    assert tie.gain_interval is not None
+    assert tie.gain_interval[0] < 1 < tie.gain_interval[1]
+    assert (tie.tokens_per_s, tie.stage) == (pytest.approx(100), "final")
+    assert "a tie with depth=6 (1.02 times as fast)" in printed(policy)
+
+
+some_finals = st.dictionaries(
+    st.builds(FAST.replace, cache=st.sampled_from(["dynamic", "static", "quantized-4"]), depth=st.integers(0, 6)),
+    st.tuples(st.sampled_from([97.0, 100.0]) | st.floats(90, 100), st.sampled_from([0.01]) | st.floats(0.002, 0.1)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(some_finals, st.booleans(), st.floats(80, 110), st.randoms(use_true_random=False))
+def test_the_recommended_ties_with_the_fastest_whatever_the_order_of_records_and_whoever_led_the_search(
+    measured: dict[Configuration, tuple[float, float]], compared: bool, stock: float, order: random.Random
+) -> None:
+    records = [synthetic_record(c, 512, around(*figures), stage="final") for c, figures in measured.items()]
+    records += finals({STOCK: stock})
+    baselines = {512: STOCK} if compared else {}
+    leader = order.choice(list(measured))
+    policy = policy_of(records, {512: leader}, baselines)
+    assert policy is not None
+    order.shuffle(records)
+    assert policy_of(records, {512: order.choice(list(measured))}, baselines) == policy
+
+    ties = tied(records, FAST.load_group, 512, "end-to-end")
+    ours = chosen_at(policy, 512)
+    if ours == STOCK:
+        return
+    evidence = {r.configuration: [r] for r in records}
+    assert ours in ties
+    assert set(tied_with(policy)) == set(ties) - {ours}
+    gains = {c for c in ties if not compared or speedup(evidence[c], evidence[STOCK], "end-to-end")[1] > 1}
+    good = [c for c in ties if c in gains or ties[0] not in gains]
+    good = [c for c in good if speedup(evidence[c], evidence[ties[0]], "end-to-end")[0] >= 0.9]
+    assert ours == min(good, key=lambda c: c.simplicity)
+    assert not compared or ours in gains
+
+
+def test_what_may_be_as_fast_only_for_want_of_precision_is_a_tie_but_not_recommended() -> None:
+    records = finals({DEEP: 100.0, PLAIN: 88.0, FAST: 92.0}, spread=0.2)
+    policy = policy_of(records, {512: DEEP}, {})
+    assert chosen_at(policy, 512) == FAST
+    assert tied_with(policy) == [DEEP, PLAIN]
+
+
+def test_a_simpler_tie_that_is_not_significantly_faster_than_the_baseline_is_not_recommended_where_the_fastest_is() -> (
+    None
+):
+    records = finals({FAST: 102.0, PLAIN: 100.0, STOCK: 99.0})
+    assert tied(records, FAST.load_group, 512, "end-to-end") == [FAST, PLAIN]
+    policy = policy_of(records, {512: FAST}, {512: STOCK})
+    assert (chosen_at(policy, 512), tied_with(policy)) == (FAST, [PLAIN])
+
+
+def test_where_the_baseline_is_kept_its_ties_are_named_and_what_it_beats_is_not() -> None:
+    kept = policy_of(finals({FAST: 101.0, DEEP: 99.0, STOCK: 100.0}), {512: FAST}, {512: STOCK})
+    assert (chosen_at(kept, 512), tied_with(kept)) == (STOCK, [FAST, DEEP])
+    faster = policy_of(finals({FAST: 101.0, DEEP: 99.0, STOCK: 110.0}), {512: FAST}, {512: STOCK})
+    assert (chosen_at(faster, 512), tied_with(faster)) == (STOCK, [])
+
+
+def test_what_failed_once_or_was_measured_by_the_search_only_or_ran_one_round_is_no_tie() -> None:
+    failed = [Record(PLAIN, 512, "wrong_output", "it differs", stage="final")]
+    looked = [synthetic_record(FAST.replace(depth=2), 512, around(100))]
+    once = [synthetic_record(FAST.replace(depth=3), 512, (99.0,), stage="final")]
+    records = [*finals({FAST: 99.9, DEEP: 100.0, PLAIN: 100.0}), *failed, *looked, *once]
+    assert tied(records, FAST.load_group, 512, "end-to-end") == [DEEP, FAST]
+    assert tied(looked, FAST.load_group, 512, "end-to-end") == []
+
+
+def test_what_looked_alike_in_the_search_and_was_not_measured_again_is_a_tie_by_the_search() -> None:
+    rates = {FAST: 200.0, DEEP: 202.0, PLAIN: 197.0, FAST.replace(depth=2): 190.0, OTHER: 200.0}
+    looks = [synthetic_record(c, 512, around(rate)) for c, rate in rates.items()]
+    looks += [synthetic_record(FAST.replace(depth=3), 512, (199.0,))]  # a single round has no error
+    records = [*looks, *finals({FAST: 100.0, PLAIN: 90.0})]
+    policy = policy_of(records, {512: FAST}, {})
+    assert (chosen_at(policy, 512), tied_with(policy)) == (FAST, [DEEP])
+    assert policy is not None
+    (tie,) = policy.rules[0].ties
+    assert (tie.stage, tie.gain, tie.tokens_per_s) == ("search", pytest.approx(1.01), pytest.approx(202))
+    assert "a tie with depth=6 (1.01 times as fast, in the search)" in policy.rules[0].note
+    failed = Record(DEEP, 512, "out_of_memory", stage="final")
+    assert tied_with(policy_of([*records, failed], {512: FAST}, {})) == []
+    assert tied_with(policy_of(looks, {512: FAST}, {})) == []  # nothing was measured again
+
+
+def test_two_noisy_runs_of_near_ties_recommend_the_same_or_a_tie_that_one_of_them_declares() -> None:
+    chance = random.Random(0)
+    agreed = 0
+    for _ in range(50):
+        policies = []
+        for _ in range(2):
+            truth = {FAST: 100.0, DEEP: 101.0, PLAIN: 98.0}
+            rounds = {c: tuple(chance.gauss(rate, 0.03 * rate) for _ in range(6)) for c, rate in truth.items()}
+            records = [synthetic_record(c, 512, rates, stage="final") for c, rates in rounds.items()]
+            policies.append(policy_of(records, {512: FAST}, {}))
+        agreed += repeats.judge(list(policies), 512)["agree"] == 2
+    assert agreed >= 47
+
+
+def test_chunks_that_the_prompts_fit_are_written_as_none_and_share_their_evidence() -> None:
+    chunks = FAST.replace(prefill_chunk=1024)
+    records = [*finals({chunks: 100.0, FAST: 100.0}), *finals({chunks: 100.0}, 2048)]
+    policy = policy_of(records, {512: chunks, 2048: chunks}, {})
+    assert policy is not None
+    assert [(r.settings.prefill_chunk, r.evidence.measurements, r.ties) for r in policy.rules] == [
+        (0, 2, []),
+        (1024, 1, []),
+    ]
+    assert "takes over" not in policy.rules[1].note  # at 512 tokens it does the same
+    assert [r.configuration.prefill_chunk for r in as_done(records)] == [0, 0, 1024]
+    assert as_done(as_done(records)) == as_done(records)
+
+
+def test_near_is_what_error_allows_and_not_far_below() -> None:
+    ours = [synthetic_record(FAST, 512, around(100))]
+    rates = {97.5: True, 96.0: False, 120.0: True}
+    assert {r: near([synthetic_record(DEEP, 512, around(r))], ours, "end-to-end") for r in rates} == rates
+    assert not near([synthetic_record(DEEP, 512, around(89, 0.3))], ours, "end-to-end")
+    assert near([synthetic_record(DEEP, 512, around(91, 0.3))], ours, "end-to-end")
+
+
+def test_rivals_are_what_the_search_found_near_in_the_same_load() -> None:
+    searched = {FAST: 100.0, DEEP: 98.0, PLAIN: 99.0, FAST.replace(depth=2): 85.0, STOCK: 100.0}
+    records = [synthetic_record(c, 512, around(rate)) for c, rate in searched.items()]
+    records += [synthetic_record(FAST.replace(depth=3), 512, around(99.5), outcome="over_budget")]
+    records += [synthetic_record(DEEP.replace(prefill_chunk=512), 512, around(98.5)), *finals({PLAIN: 100.0}, 2048)]
+    assert rivals(records, FAST, 512, "end-to-end") == [PLAIN, DEEP]
+    assert rivals(records[1:], FAST, 512, "end-to-end") == []  # the search did not measure it
+
+
+def test_a_tie_with_a_draft_model_that_its_load_lacks_is_refused(tmp_path: Path) -> None:
+    policy = policy_of(finals({FAST: 100.0, DEEP: 100.5}), {512: FAST}, {})
+    assert policy is not None
+    jsonschema.validate(policy.model_dump(mode="json"), json.loads(SCHEMA_FILE.read_text()))
+    data = policy.model_dump(mode="json")
+    data["rules"][0]["ties"][0]["load"] |= {"draft": "none", "draft_weights": "none"}
+    (tmp_path / "policy.json").write_text(json.dumps(data))
+    with pytest.raises(PolicyError, match=r"tie uses a draft model, but its load\.draft is none"):
+        read_policy(tmp_path / "policy.json")
+    del data["rules"][0]["ties"]
+    (tmp_path / "policy.json").write_text(json.dumps(data))
+    assert read_policy(tmp_path / "policy.json").rules[0].ties == []

@@ -439,6 +439,13 @@ def test_a_tie_goes_to_the_simpler_and_says_so(page: Callable[[RunData], _Page])
     assert "simpler" not in fact(page(why(synthetic(fewer, 101))), "Runner-up")
 
 
+def test_chunks_that_the_prompts_fit_are_the_chosen_and_no_runner_up(page: Callable[[RunData], _Page]) -> None:
+    chunks = synthetic(CHOSEN.replace(prefill_chunk=4096), 100, peak=777 * MIB)
+    whole = page(why(chunks, chosen=synthetic(CHOSEN, 90, stage="baseline")))
+    assert fact(whole, "Runner-up") == "No other configuration that was measured here is feasible."
+    assert "777" in page(why(chosen=chunks)).words
+
+
 def test_a_comparison_rests_on_what_was_measured_alike(page: Callable[[RunData], _Page]) -> None:
     """The finals of the chosen are slower than its search; a runner-up without finals is compared with the search."""
     final, stock = synthetic(CHOSEN, 100, stage="final"), synthetic(BASELINE, 90, stage="baseline")

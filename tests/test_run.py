@@ -535,20 +535,6 @@ def test_inputs_are_cut_for_every_length_that_a_boundary_may_have(contexts: set[
     assert len(lengths) <= 8 * len(contexts) - 7
 
 
-@pytest.mark.parametrize(("chosen", "turns"), [("static", ["static", "dynamic"] * 2), ("dynamic", ["dynamic"] * 2)])
-def test_the_chosen_and_the_baseline_are_measured_in_turns_and_a_baseline_that_was_chosen_once_a_turn(
-    chosen: str, turns: list[str]
-) -> None:
-    search, trials, watch = Mock(now=lambda: 0.0), Mock(), Mock()
-    baselines = {512: Configuration(cache="dynamic")}
-    run._finals(search, trials, {512: Configuration(cache=chosen)}, baselines, watch, 1.0)
-    measured = [call.args for call in search.measure.call_args_list]
-    assert [(configuration.cache, context, stage) for configuration, context, stage in measured] == [
-        (cache, 512, "final") for cache in turns
-    ]
-    assert search.studies.keep.call_count == trials.close.call_count == len(turns)
-
-
 def test_a_measurement_that_the_end_of_a_run_cut_short_is_not_known_to_the_next(tmp_path: Path) -> None:
     workload, cut, slow, done = Workload(contexts=(64,)), *(Configuration(prefill_chunk=chunk) for chunk in (1, 2, 3))
     request = run.Request(TARGET, [], Budget(10**9), workload, read_space("quick"), "quick", tmp_path)
@@ -612,17 +598,176 @@ def test_the_run_says_how_much_of_the_space_it_measured_and_what_was_ruled_out(t
     assert run._coverage(search) == f"{measured}; 2 more cannot fit or cannot differ"
 
 
-@pytest.mark.parametrize(("until", "turns"), [(39.0, 1), (40.0, 2)])
-def test_finals_end_where_another_turn_would_take_more_than_the_time(until: float, turns: int) -> None:
-    clock = SimpleNamespace(s=0.0)
+# Finals --------------------------------------------------------------------------------------------------------------
 
-    def measure(configuration: Configuration, context: int, stage: str) -> Record:
-        clock.s += 10
-        return synthetic_record(configuration, context, stage=stage)
+LEADER = Configuration(weights="bnb-nf4", cache="static", prefill_chunk=256)
+STOCK = Configuration(weights="bf16")
+RIVAL, FAR = LEADER.replace(cache="quantized-8"), LEADER.replace(cache="quantized-8", prefill_chunk=0)
+CHUNKS, WHOLE = LEADER.replace(cache="dynamic"), LEADER.replace(prefill_chunk=0)
+PLAIN = LEADER.replace(cache="dynamic", prefill_chunk=0)
+NAMES = {LEADER: "leader", STOCK: "stock", RIVAL: "rival", FAR: "far", CHUNKS: "chunks", WHOLE: "whole", PLAIN: "plain"}
+RATES = {LEADER: 100.0, STOCK: 50.0, RIVAL: 98.5, FAR: 70.0, CHUNKS: 98.0, WHOLE: 99.0, PLAIN: 60.0}
 
-    search = Mock(now=lambda: clock.s, measure=Mock(side_effect=measure))
-    watch = Mock()
-    sides = {64: Configuration(cache="static")}, {64: Configuration()}
-    run._finals(search, Mock(), *sides, watch, until)
-    assert [call.args[0].cache for call in search.measure.call_args_list] == ["static", "dynamic"] * turns
-    assert watch.note.called == (turns == 1)
+
+class Finals:
+    """Finals of a search that knows LEADER, RIVAL, FAR and STOCK; all that takes time are measurements, 10 s each."""
+
+    def __init__(
+        self,
+        folder: Path,
+        until: float,
+        *,
+        end: float = 0.0,
+        contexts: tuple[int, ...] = (512,),
+        again: dict[Configuration, float] | None = None,
+        chosen: Configuration = LEADER,
+        stock: Configuration = STOCK,
+        known: tuple[Configuration, ...] = (LEADER, RIVAL, FAR, STOCK),
+        caches: tuple[str, ...] = ("dynamic", "static", "quantized-8"),
+        fits: Callable[[Configuration, int], str] = lambda configuration, context: "",
+        failing: Configuration | None = None,
+    ):
+        self.calls: list[tuple[str, int, str]] = []
+        self.now, self.watch, self.trials = 0.0, Quiet(), Mock()
+        rates = RATES | (again or {})
+
+        def measure(configuration: Configuration, context: int, stage: str) -> Record:
+            self.calls.append((NAMES[configuration], context, stage))
+            self.now += 10
+            rate = (rates if stage == "final" else RATES)[configuration]
+            outcome = "wrong_output" if stage == "final" and configuration == failing else "ok"
+            figures: dict[str, Any] = {"measure_s": 10 / 1.1, "load_s": 0.0, "stage": stage, "outcome": outcome}
+            return synthetic_record(configuration, context, (rate * 0.99, rate, rate * 1.01), **figures)
+
+        space = Space({"weights": ("bf16", "bnb-nf4"), "cache": caches, "prefill_chunk": (0, 256)})
+        studies = Studies(f"sqlite:///{folder / 'study.db'}", "run", {}, contexts, 0)
+        workload = Workload(contexts=contexts)
+        self.search = Search(space, workload, Budget(10**9), studies, measure, fits, 0.0, now=lambda: self.now)
+        for context in contexts:
+            for configuration in known:
+                self.search.measured(configuration, context, "baseline" if configuration == stock else "search")
+        self.calls.clear()
+        self.now = 0.0
+        sides = dict.fromkeys(contexts, chosen), dict.fromkeys(contexts, stock)
+        run._finals(self.search, self.trials, *sides, self.watch, until, max(end, until))  # type: ignore[arg-type] # a watch
+
+    @property
+    def names(self) -> list[str]:
+        """What was measured, a look with a question mark."""
+        return [name + "?" * (stage == "search") for name, _, stage in self.calls]
+
+
+FIRST = ["leader", "rival", "plain?", "chunks?", "chunks", "stock"]
+
+
+def test_rivals_and_simpler_variants_are_measured_after_the_chosen_and_the_next_turn_repeats_what_still_stands(
+    tmp_path: Path,
+) -> None:
+    finals = Finals(tmp_path, 1000.0)
+    assert finals.names == [*FIRST, "leader", "rival", "chunks", "stock"]
+    assert finals.trials.close.call_count == 4
+    assert len(finals.search.studies.extra.trials) == 8  # the finals; a look is a trial of the search
+    assert finals.watch.notes == []
+
+
+def test_a_rival_that_falls_behind_or_fails_when_it_is_measured_again_is_not_in_the_next_turn(tmp_path: Path) -> None:
+    slower = Finals(tmp_path, 1000.0, again={RIVAL: 80.0})
+    assert slower.names == [*FIRST, "leader", "chunks", "stock"]
+    (tmp_path / "study.db").unlink()
+    failing = Finals(tmp_path, 1000.0, failing=RIVAL)
+    assert failing.names == [*FIRST, "leader", "chunks", "stock"]
+
+
+# a worker's start counts 6 s, so that a turn of chosen and baseline is expected to take 32 s
+@pytest.mark.parametrize(
+    ("until", "names"),
+    [
+        (0.0, ["leader", "stock"]),
+        (41.9, ["leader", "stock", "leader", "stock"]),
+        (42.0, ["leader", "rival", "stock"]),
+        (60.0, ["leader", "rival", "stock", "leader", "rival", "stock"]),
+        (123.9, ["leader", "rival", "stock", "leader", "rival", "stock"]),
+        (124.0, ["leader", "rival", "plain?", "stock", "leader", "rival", "stock"]),
+    ],
+)
+def test_a_turn_has_one_rival_where_it_has_the_time_and_more_where_all_turns_have(
+    tmp_path: Path, until: float, names: list[str]
+) -> None:
+    finals = Finals(tmp_path, until)
+    assert finals.names == names
+    assert bool(finals.watch.notes) == (names.count("leader") == 1)
+
+
+def test_one_rival_for_each_context_has_until_the_end_of_the_run(tmp_path: Path) -> None:
+    assert Finals(tmp_path, 10.0, end=41.9).names == ["leader", "stock"]
+    (tmp_path / "study.db").unlink()
+    assert Finals(tmp_path, 10.0, end=42.0).names == ["leader", "rival", "stock"]
+
+
+def test_each_context_has_its_first_rival_before_any_has_a_second(tmp_path: Path) -> None:
+    finals = Finals(tmp_path, 72.0, contexts=(512, 1024))
+    first = [(name, context) for name, context, _ in finals.calls]
+    both = [("leader", 512), ("rival", 512), ("leader", 1024), ("rival", 1024), ("stock", 512), ("stock", 1024)]
+    assert first == both
+    (tmp_path / "study.db").unlink()
+    finals = Finals(tmp_path, 224.0, contexts=(512, 1024))
+    assert finals.names[:8] == [*FIRST[:3], *FIRST[:3], "stock", "stock"]
+
+
+def test_the_baseline_is_no_rival_and_what_the_space_leaves_out_no_variant(tmp_path: Path) -> None:
+    assert Finals(tmp_path, 1000.0, stock=RIVAL).names[:6] == ["leader", *FIRST[2:5], "whole?", "whole"]
+    (tmp_path / "study.db").unlink()
+    without = Finals(tmp_path, 1000.0, caches=("static", "quantized-8"))
+    assert without.names[:5] == ["leader", "rival", "whole?", "whole", "stock"]
+
+
+def test_what_cannot_fit_is_no_variant_and_chunks_that_a_prompt_fits_are_the_same_thing(tmp_path: Path) -> None:
+    finals = Finals(tmp_path, 1000.0, fits=lambda c, context: "too large" if c in (PLAIN, CHUNKS) else "")
+    assert finals.names[:5] == ["leader", "rival", "whole?", "whole", "stock"]
+    (tmp_path / "study.db").unlink()
+    short = Finals(tmp_path, 1000.0, contexts=(256,))  # here LEADER is WHOLE, RIVAL is FAR, CHUNKS is PLAIN
+    assert short.names == ["whole", "far", "plain?", "stock", "whole", "stock"]
+    (tmp_path / "study.db").unlink()
+    known = Finals(tmp_path, 1000.0, contexts=(256,), known=(LEADER, RIVAL, STOCK), again={FAR: 99.0})
+    assert known.names[:3] == ["whole", "far", "plain?"]
+
+
+def test_what_leads_at_another_context_is_tried_here_too(tmp_path: Path) -> None:
+    search = Finals(tmp_path, 0.0).search
+    search.known.clear()
+    for configuration, context in ((FAR, 512), (LEADER, 1024), (FAR, 1024)):
+        rate = RATES[configuration]
+        search.known[configuration, context] = synthetic_record(configuration, context, (0.99 * rate, rate))
+    found = run._rivals(search, {512: FAR, 1024: LEADER}, {}, 1e6, 1e6)
+    assert [NAMES[c] for c in found[512]] == ["plain", "leader"]
+    assert [NAMES[c] for c in found[1024]] == ["plain", "chunks", "whole"]  # FAR was measured there, and is not near
+    reloading = run._rivals(search, {512: FAR, 1024: STOCK}, {}, 1e6, 1e6)
+    assert [NAMES[c] for c in reloading[512]] == ["plain"]
+
+
+def test_a_baseline_that_was_chosen_is_measured_once_a_turn(tmp_path: Path) -> None:
+    assert Finals(tmp_path, 1000.0, chosen=STOCK).names == ["stock"] * 2
+
+
+@pytest.mark.parametrize(("until", "turns"), [(39.9, 1), (40.0, 2)])
+def test_finals_end_where_another_turn_would_take_more_than_the_time(tmp_path: Path, until: float, turns: int) -> None:
+    finals = Finals(tmp_path, until)
+    assert finals.names == ["leader", "stock"] * turns
+    assert finals.now <= max(until, 20.0)
+    assert bool(finals.watch.notes) == (turns == 1)
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "expected"),
+    [
+        (10_000.0, 2 * (32 + 3 * 10)),  # two turns of 32 s with three rivals each
+        (150.0, 50.0),  # a third
+        (110.0, 42.0),  # one turn with one rival takes more than a third
+    ],
+)
+def test_the_search_leaves_the_finals_their_time_and_its_own_last_look(
+    tmp_path: Path, timeout_s: float, expected: float
+) -> None:
+    finals = Finals(tmp_path, 0.0, known=(LEADER, STOCK))
+    request: Any = SimpleNamespace(timeout_s=timeout_s, reloads=False)
+    assert run._reserve(finals.search, request, 5.0) == pytest.approx(min(expected + 10 / 1.1, 0.4 * timeout_s))

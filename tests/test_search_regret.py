@@ -324,6 +324,42 @@ def test_the_groups_of_a_sweep_stay_together_and_a_sample_is_drawn_by_the_seed()
     assert len({c.load_group for c in drawn} - {c.load_group for c in asked[:3]}) <= 4
 
 
+def test_the_parts_of_a_sweep_are_whole_load_groups_and_all_of_it() -> None:
+    order = sweeping.by_group(sweeping.configurations(Space(CHOICES), "bf16"), 3, 60, None, 0)
+    parts = [sweeping.part(order, number, 3) for number in (1, 2, 3)]
+    assert sorted(map(repr, itertools.chain(*parts))) == sorted(map(repr, order))
+    groups = [{c.load_group for c in part} for part in parts]
+    assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
+    largest = max(sum(c.load_group == group for c in order) for group in set.union(*groups))
+    assert max(map(len, parts)) - min(map(len, parts)) <= largest
+    assert sweeping._shard("2/3") == (2, 3)
+    for wrong in ("0/3", "4/3", "1", "a/b", "1/"):
+        with pytest.raises(click.UsageError, match=f"--shard {wrong}: give a part's number"):
+            sweeping._shard(wrong)
+
+
+def test_parts_of_one_sweep_are_joined_and_of_another_refused(tmp_path: Path) -> None:
+    def written(shard: str, lines: int, **other: Any) -> Path:
+        path = tmp_path / f"{shard[0]}-{len(other)}.jsonl"
+        header = {**dict.fromkeys(sweeping.IDENTITY, 0), "workload": {"contexts": [64]}, "legal": 9, "chosen": 2}
+        header |= {"shard": shard, "device": f"cuda:{shard[0]}", **other}
+        record = sweeping.compact(Record(Configuration(depth=len(other)), 64, "ok"))
+        path.write_text("".join(json.dumps(line) + "\n" for line in [header, *[{"record": record}] * lines]))
+        return path
+
+    first, second = written("1/2", 2), written("2/2", 1)
+    figures = sweeping.join([first, second], tmp_path / "all.jsonl")
+    assert (figures["pairs"], figures["measured"], figures["finished"]) == (4, 3, False)
+    header, *lines = gzip.decompress((tmp_path / "all.jsonl.gz").read_bytes()).decode().splitlines()
+    assert json.loads(header)["chosen"] == 4
+    assert len(lines) == 3
+    assert sweeping.join([first, written("2/2", 2)], tmp_path / "whole.jsonl")["finished"]
+    with pytest.raises(click.UsageError, match="the same part twice"):
+        sweeping.join([first, first], tmp_path / "twice.jsonl")
+    with pytest.raises(click.UsageError, match="another seed"):
+        sweeping.join([first, written("2/2", 2, seed=1)], tmp_path / "other.jsonl")
+
+
 def test_what_a_sweep_keeps_of_a_record_has_the_same_rates_and_nothing_more() -> None:
     configuration = Configuration(weights="bnb-nf4", draft="draft1", draft_weights="bf16", depth=4)
     whole = synthetic_record(configuration, 64, machine={"before": {}}, quality={"windows": [1.0]})

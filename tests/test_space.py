@@ -317,14 +317,14 @@ def test_neighbours_are_in_the_space(space: Space, data: st.DataObject) -> None:
 
 
 def test_neighbours_are_legal_and_differ_in_one_word_or_what_follows_from_it() -> None:
-    space = read_space("default").restrict(
+    space = read_space("wide").restrict(
         device="cuda:0", full_precision="bf16", drafts=["d"], sliding=False, quantized=False, failed={}
     )
     here = Configuration(weights="bnb-nf4", cache="static", attention="split_kv", launch="graph")
     found = list(space.neighbours(here))
     assert all(space.parameters(configuration) is not None for configuration in found)
     assert here not in found
-    assert {c.cache for c in found} == {"static", "quantized-8", "quantized-4", "quantized-fp8"}
+    assert {c.cache for c in found} == {"static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8"}
     assert {c.draft for c in found} == {"none", "prompt-lookup", "d"}
     assert here.replace(launch="eager") in found
     assert here.replace(weights="bnb-int8", launch="eager") in found  # a graph cannot hold it

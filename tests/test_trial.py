@@ -313,6 +313,25 @@ def test_a_task_is_answered_once_for_the_same_text_at_whatever_context(
     assert trials.measure(NF4, 64).task_f1 == 0.6
 
 
+def test_a_finalist_s_text_is_checked_for_every_prompt_until_it_was_right_once(
+    trials: Trials, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials.measure(BF16, 64)
+    assert trials._worker is not None
+    request, careful = trials._worker.request, []
+
+    def listen(op: str, timeout_s: float, **data: Any) -> dict[str, Any]:
+        careful.extend([data["careful"]] if op == "measure" else [])
+        return request(op, timeout_s, **data)
+
+    monkeypatch.setattr(trials._worker, "request", listen)
+    plant("answer", figures={"wrong_output": "another text"})
+    assert [trials.measure(BF16, 64, stage="final").outcome for _ in range(4)] == ["wrong_output", "ok", "ok", "ok"]
+    trials.measure(BF16, 64)
+    trials.measure(BF16.replace(cache="static"), 64, stage="final")
+    assert careful == [True, True, False, False, False, True]
+
+
 def test_a_request_to_a_worker_that_was_killed_says_so(plant: Plant, tmp_path: Path) -> None:
     worker = WorkerProcess(tmp_path / "log", lambda text: None).start("cpu", None)
     worker.process.kill()

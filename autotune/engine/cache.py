@@ -297,7 +297,8 @@ class QuantizedLayer(_Preallocated):
     """Groups of GROUP tokens in `bits` bits and a full-precision window of the newest WINDOW to WINDOW + GROUP tokens.
 
     A token's `head_dim` values are packed into head_dim * bits / 8 bytes: with 4 bits, byte j holds channel j in its
-    low half and channel j + head_dim / 2 in its high half (2 bits: four quarters). Scale and minimum are float16.
+    low half and channel j + head_dim / 2 in its high half (2 bits: four quarters). Scales and minimums lie beside each
+    other: 4-bit ones in bfloat16 where the model's keys are, all others in float16.
     """
 
     def __init__(self, capacity: int, bits: int, spare: int = 0):
@@ -306,6 +307,8 @@ class QuantizedLayer(_Preallocated):
         self.bits = bits
         self.stored = 0  # tokens in quantized groups
         self.recent = 0  # tokens in the window
+        self.by_heads = False  # `update` leaves it to the attention to `read` stored tokens, some KV heads at a time
+        self.older = 0  # stored tokens before those that `update` then returned
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         heads, dim = key_states.shape[1], key_states.shape[-1]
@@ -313,15 +316,15 @@ class QuantizedLayer(_Preallocated):
             raise Unsupported(f"a {self.bits}-bit cache needs keys and values of one even size, not {dim}")
         self.value_group = next(size for size in (64, 32, 16, 8, 4, 2, 1) if dim % size == 0)
         device, half = key_states.device, torch.float16
+        if self.bits == 4 and key_states.dtype == torch.bfloat16:
+            half = torch.bfloat16  # the kernel multiplies with scales as they are
         packed = (1, heads, self.capacity, dim * self.bits // 8)
-        per_channel = (1, heads, self.capacity // GROUP, 1, dim)
-        per_token = (1, heads, self.capacity, dim // self.value_group, 1)
         self.key_codes = torch.zeros(packed, dtype=torch.uint8, device=device)
-        self.value_codes = torch.zeros(packed, dtype=torch.uint8, device=device)
-        self.key_scale = torch.zeros(per_channel, dtype=half, device=device)
-        self.key_minimum = torch.zeros(per_channel, dtype=half, device=device)
-        self.value_scale = torch.zeros(per_token, dtype=half, device=device)
-        self.value_minimum = torch.zeros(per_token, dtype=half, device=device)
+        self.value_codes = torch.zeros_like(self.key_codes)
+        per_channel = (1, heads, self.capacity // GROUP, dim, 2)
+        per_token = (1, heads, dim // self.value_group, self.capacity, 2)
+        self.key_ranges = torch.zeros(per_channel, dtype=half, device=device)
+        self.value_ranges = torch.zeros(per_token, dtype=half, device=device)
         self.keys = key_states.new_zeros((1, heads, WINDOW + GROUP + self.spare, dim))
         self.values = torch.zeros_like(self.keys)
         self.is_initialized = True
@@ -395,40 +398,57 @@ class QuantizedLayer(_Preallocated):
             return
         begin, end = self.stored, self.stored + tokens
         grouped = keys.unflatten(2, (tokens // GROUP, GROUP))
-        codes, scale, minimum = _quantize(grouped, 3, self.bits)
+        codes, ranges = _quantize(grouped, 3, self.bits, self.key_ranges.dtype)
         self.key_codes[:, :, begin:end] = _pack(codes.flatten(2, 3), self.bits)
-        self.key_scale[:, :, begin // GROUP : end // GROUP] = scale
-        self.key_minimum[:, :, begin // GROUP : end // GROUP] = minimum
-        codes, scale, minimum = _quantize(values.unflatten(3, (-1, self.value_group)), 4, self.bits)
+        self.key_ranges[:, :, begin // GROUP : end // GROUP] = ranges
+        codes, ranges = _quantize(values.unflatten(3, (-1, self.value_group)), 4, self.bits, self.value_ranges.dtype)
         self.value_codes[:, :, begin:end] = _pack(codes.flatten(3), self.bits)
-        self.value_scale[:, :, begin:end] = scale
-        self.value_minimum[:, :, begin:end] = minimum
+        self.value_ranges[:, :, :, begin:end] = ranges.transpose(2, 3)
         self.stored = end
 
     def _read(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stored groups, dequantized, and the window behind them."""
-        if self.stored == 0:
+        """What attention is given, where these are the window's: the stored groups, dequantized, before them."""
+        self.older = self.stored if self.by_heads else 0
+        return (keys, values) if self.by_heads else self.read(keys, values, self.stored)
+
+    def read(
+        self, keys: torch.Tensor, values: torch.Tensor, stored: int, heads: slice = slice(None)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of some KV heads, the first `stored` tokens, dequantized, and `keys` and `values` behind them."""
+        keys, values = keys[:, heads], values[:, heads]
+        if stored == 0:
             return keys, values
-        old_keys, old_values = self._dequantized(self.stored, keys.dtype)
-        return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+        seen = []
+        for new, dequantize in ((keys, self._dequantize_keys), (values, self._dequantize_values)):
+            whole = new.new_empty((1, new.shape[1], stored + new.shape[2], new.shape[3]))
+            dequantize(whole[:, :, :stored], heads)
+            whole[:, :, stored:] = new
+            seen.append(whole)
+        return seen[0], seen[1]
 
     def _read_all(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Every slot, dequantized, with the window behind the `stored` tokens; what follows is to be masked."""
         assert self.keys is not None
         assert self.values is not None
-        old_keys, old_values = self._dequantized(self.capacity, self.keys.dtype)
-        keys, values = torch.cat([old_keys, self.keys], dim=2), torch.cat([old_values, self.values], dim=2)
+        keys, values = self.read(self.keys, self.values, self.capacity)
         slots = stored + torch.arange(self.keys.shape[2], device=stored.device)
         return keys.index_copy_(2, slots, self.keys), values.index_copy_(2, slots, self.values)
 
-    def _dequantized(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `tokens` stored tokens, a multiple of GROUP."""
+    def _dequantize_keys(self, out: torch.Tensor, heads: slice) -> None:
+        """The first stored tokens of some KV heads, as many as `out` has, a multiple of GROUP."""
+        tokens = out.shape[2]
         groups = tokens // GROUP
-        keys = _unpack(self.key_codes[:, :, :tokens], self.bits, dtype).unflatten(2, (groups, GROUP))
-        keys.mul_(self.key_scale[:, :, :groups]).add_(self.key_minimum[:, :, :groups])
-        values = _unpack(self.value_codes[:, :, :tokens], self.bits, dtype).unflatten(3, (-1, self.value_group))
-        values.mul_(self.value_scale[:, :, :tokens]).add_(self.value_minimum[:, :, :tokens])
-        return keys.flatten(2, 3), values.flatten(3)
+        numbers = _numbers(_unpack(self.key_codes[:, heads, :tokens], self.bits), out)
+        scale, minimum = self.key_ranges[:, heads, :groups, None].unbind(-1)
+        numbers.unflatten(2, (groups, GROUP)).mul_(scale).add_(minimum)
+        out.copy_(numbers)
+
+    def _dequantize_values(self, out: torch.Tensor, heads: slice) -> None:
+        tokens = out.shape[2]
+        numbers = _numbers(_unpack(self.value_codes[:, heads, :tokens], self.bits), out)
+        scale, minimum = self.value_ranges[:, heads, :, :tokens, None].transpose(2, 3).unbind(-1)
+        numbers.unflatten(3, (-1, self.value_group)).mul_(scale).add_(minimum)
+        out.copy_(numbers)
 
     def advance(self, tokens: int) -> None:
         self.recent += tokens
@@ -471,19 +491,37 @@ class Float8Layer(QuantizedLayer):
             scales[:, :, begin:end] = scale
         self.stored = end
 
-    def _dequantized(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = self.key_codes[:, :, :tokens].to(dtype).mul_(self.key_scale[:, :, :tokens])
-        values = self.value_codes[:, :, :tokens].to(dtype).mul_(self.value_scale[:, :, :tokens])
-        return keys, values
+    def _dequantize_keys(self, out: torch.Tensor, heads: slice) -> None:
+        tokens = out.shape[2]
+        out.copy_(_numbers(self.key_codes[:, heads, :tokens], out).mul_(self.key_scale[:, heads, :tokens]))
+
+    def _dequantize_values(self, out: torch.Tensor, heads: slice) -> None:
+        tokens = out.shape[2]
+        out.copy_(_numbers(self.value_codes[:, heads, :tokens], out).mul_(self.value_scale[:, heads, :tokens]))
 
 
-def _quantize(states: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes (uint8) along groups in dimension `dim`, with the float16 scale and minimum that decode them."""
+def _numbers(codes: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The numbers that codes (uint8, or float8 e4m3) stand for: in `out`, on a CPU in a float32 tensor of their own.
+
+    A CPU multiplies bfloat16 by float16 many times slower than float32, and converts float8 numbers one by one. So
+    their bits are moved: the sign to float32's, exponent and mantissa to where float32's meet. What is then left of
+    the exponent is the difference of the biases.
+    """
+    if out.device.type != "cpu":
+        return out.copy_(codes)
+    if codes.dtype == torch.uint8:
+        return codes.float()
+    bits = codes.view(torch.int8).to(torch.int32).bitwise_left_shift_(20).bitwise_and_(0x07F00000 - 2**31)
+    return bits.view(torch.float32).mul_(2.0**120)
+
+
+def _quantize(states: torch.Tensor, dim: int, bits: int, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (uint8) along groups in dimension `dim`, and in its stead the scale and minimum of type `kind`, last."""
     low, high = torch.aminmax(states.float(), dim=dim, keepdim=True)
-    minimum = low.half()
-    scale = ((high - minimum.float()) / (2**bits - 1)).clamp(min=2**-20).half()
+    minimum = low.to(kind)
+    scale = ((high - minimum.float()) / (2**bits - 1)).clamp(min=2**-20).to(kind)
     codes = ((states.float() - minimum.float()) / scale.float()).round_().clamp_(0, 2**bits - 1)
-    return codes.to(torch.uint8), scale, minimum
+    return codes.to(torch.uint8), torch.stack([scale, minimum], dim=-1).squeeze(dim)
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -494,8 +532,9 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def _unpack(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
-        return packed.to(dtype)
+        return packed
     mask = 2**bits - 1
-    return torch.cat([(packed >> (bits * index)) & mask for index in range(8 // bits)], dim=-1).to(dtype)
+    shifted = [packed, *(packed >> (bits * index) for index in range(1, 8 // bits))]
+    return torch.cat(shifted, dim=-1).bitwise_and_(mask)

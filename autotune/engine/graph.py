@@ -57,7 +57,7 @@ def check_launch(configuration: Configuration, group: LoadGroup, device: str) ->
 
 def bucket(tokens: int) -> int:
     """The capacity that a cache for `tokens` tokens is given, so that similar requests share their recorded steps."""
-    size = 256 if tokens <= 4096 else 1024
+    size = 256 if tokens <= 4096 else 512
     return -(-tokens // size) * size
 
 
@@ -106,7 +106,9 @@ class Recordings:
         kept = self.kept.pop((role, key), None)
         cached = kept.resume(again, configuration.prefill_chunk) if kept is not None and again is not None else 0
         if recorded:
-            kept = kept or StepRunner(model, key, device, group.embeddings)
+            beside = self.kept.get(("target", key)) if role == "draft" else None
+            pool = beside.pool if isinstance(beside, StepRunner) else None
+            kept = kept or StepRunner(model, key, device, group.embeddings, pool)
             assert isinstance(kept, StepRunner)
             kept.start(sizes, cached)
         elif not cached:
@@ -131,6 +133,11 @@ def _recording_stream(device: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _new_pool(device: str) -> Any:
+    """Memory for recorded steps: PyTorch takes 22 MiB at least for each such pool."""
+    return None if device == "cpu" else torch.cuda.graph_pool_handle()
+
+
 @dataclass(frozen=True)
 class _Step:
     tokens: torch.Tensor  # ids [n]
@@ -140,11 +147,12 @@ class _Step:
 class StepRunner(Runner):
     """A runner whose short steps are replayed; longer ones, such as the prompt, run eagerly."""
 
-    def __init__(self, model: PreTrainedModel, key: Key, device: str, embeddings: str) -> None:
+    def __init__(self, model: PreTrainedModel, key: Key, device: str, embeddings: str, pool: Any = None) -> None:
         cache, self.launch, self.attention, capacity = self.key = key
         super().__init__(model, cache, capacity, device, embeddings, spare=LONGEST)
-        # One memory pool for all its graphs, which never run at the same time; it ends with the last of them.
-        self.pool: Any = None if device == "cpu" else torch.cuda.graph_pool_handle()
+        # One memory pool for all graphs of a target and its draft, which never run at the same time; it ends with the
+        # last of them.
+        self.pool = pool or _new_pool(device)
         tokens, stored = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self.lengths = Lengths(tokens, stored, read=self.attention != "split_kv")
         # torch.compile fuses by itself; a step that is launched eagerly is the model's own, as the prompt is

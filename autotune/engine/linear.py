@@ -19,6 +19,7 @@ from ..plan import UNPACKED
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 INT4_GROUP = 128  # weights along the input that share a scale, as quanto has it
 MANY = 128  # tokens from which unpacking the weights is worth its time
+TILE = 128  # outputs that a product's kernel computes together: a narrower rest is slow
 
 
 def siblings(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -109,17 +110,20 @@ class Int4Linear(nn.Module):
     whole = False
 
     def __init__(self, linear: nn.Linear, device: str) -> None:
-        from .int4 import counters, pack
+        from .int4 import counters, pack, plane
 
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        inp, out = self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(device), requires_grad=False)
-        step = max(1, UNPACKED // self.in_features)
-        quantized = (_quantize_rows(rows.to(device)) for rows in linear.weight.detach().split(step))
-        parts = [(pack(codes), scale_zero) for codes, scale_zero in quantized]
-        self.register_buffer("packed", torch.cat([packed for packed, _ in parts], dim=1))
-        self.register_buffer("scale_zero", torch.cat([scale_zero for _, scale_zero in parts], dim=1))
-        self.register_buffer("counters", counters(self.out_features, self.packed.device), persistent=False)
+        # what stays is allocated before what does not, which would leave holes between the layers
+        word = plane(inp)
+        self.register_buffer("packed", torch.empty((inp // (4 * word), out, word), dtype=torch.int16, device=device))
+        scale_zero = torch.empty((inp // INT4_GROUP, out, 2), dtype=torch.bfloat16, device=device)
+        self.register_buffer("scale_zero", scale_zero)
+        self.register_buffer("counters", counters(out, device), persistent=False)
+        for begin, end in _row_blocks(out, inp):
+            codes, scale_zero[:, begin:end] = _quantize_rows(linear.weight.detach()[begin:end].to(device))
+            self.packed[:, begin:end] = pack(codes)
 
     @classmethod
     def from_codes(
@@ -135,8 +139,8 @@ class Int4Linear(nn.Module):
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = codes.shape
         layer.bias = bias
-        step = max(1, UNPACKED // layer.in_features)
-        layer.register_buffer("packed", torch.cat([pack(rows) for rows in codes.split(step)], dim=1))
+        blocks = _row_blocks(*codes.shape)
+        layer.register_buffer("packed", torch.cat([pack(codes[begin:end]) for begin, end in blocks], dim=1))
         layer.whole = True
         layer.register_buffer("scale_zero", torch.stack([scale.bfloat16(), -16 - zero.bfloat16()], dim=2))
         layer.register_buffer("counters", counters(layer.out_features, codes.device), persistent=False)
@@ -158,11 +162,17 @@ class Int4Linear(nn.Module):
         from .int4 import unpack
 
         output = rows.new_empty((len(rows), self.out_features))
-        step = max(1, UNPACKED // self.in_features)
-        for begin in range(0, self.out_features, step):
-            end = min(self.out_features, begin + step)
-            output[:, begin:end] = rows @ unpack(self.packed, self.scale_zero, begin, end, self.whole).T
+        for begin, end in _row_blocks(self.out_features, self.in_features):
+            weights = unpack(self.packed, self.scale_zero, begin, end, self.whole)
+            torch.mm(rows, weights.T, out=output[:, begin:end])
+            del weights  # before the next are made
         return output
+
+
+def _row_blocks(out: int, inp: int) -> list[tuple[int, int]]:
+    """The rows of an `out` x `inp` weight, about UNPACKED weights at a time: begins and ends, of whole tiles."""
+    step = max(TILE, UNPACKED // inp // TILE * TILE)
+    return [(begin, min(out, begin + step)) for begin in range(0, out, step)]
 
 
 def _quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

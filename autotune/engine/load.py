@@ -95,6 +95,7 @@ def load_model(
                 _trim(device)
             continue
         on_host = (module is embedding and embeddings == "host") or name in groups
+        on_host = on_host or (type(module) is nn.Linear and _source(weights, device) == "cpu")
         _place(module, name, tensors, dtype, "cpu" if on_host else device)
         if name in groups:
             if name == groups[name][-1]:
@@ -111,6 +112,10 @@ def load_model(
         from .embedding import lock_pages
 
         lock_pages(embedding, device)
+    if device == "cpu" and dtype == torch.bfloat16:
+        from .grouped import use_grouped
+
+        use_grouped(model)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
@@ -119,7 +124,7 @@ _MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4", "checkpoint")
 
 
 def _source(word: str, device: str) -> str:
-    """Where a large layer's weight is quantized from: what takes some rows at a time never has it whole on a GPU."""
+    """Where a layer's weight is quantized from: what takes some rows at a time never has it whole on a GPU."""
     return "cpu" if word == "quanto-int4" else device
 
 

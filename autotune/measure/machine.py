@@ -30,7 +30,7 @@ def describe(device: str) -> dict[str, Any]:
     if device == "cpu":
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         found["device"] = names[0].partition(":")[2].strip() if names else platform.processor()
-        found["cores"] = os.cpu_count()
+        found["cores"] = len(os.sched_getaffinity(0))  # that this process may use
         found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return found
     properties = torch.cuda.get_device_properties(device)
