@@ -1,8 +1,8 @@
 """One whole run, repeated: how often is the answer the same, and how much does what it promises vary?
 
-Every repeat is the command `autotune run`, with the same options and the same seed, from nothing: a run folder and a
-cache of reference logits of its own. With --jobs several run side by side, each on --cores processors that no other
-one uses (hyperthreads of one core last), as far as this process may use so many.
+Every repeat is the command `autotune run`, with the same options and the same seed, from nothing: a run folder that
+has no other beside it, and a cache of reference logits of its own. With --jobs several run side by side, each on
+--cores processors that no other one uses (hyperthreads of one core last), as far as this process may use so many.
 
 Per context the choice that most runs made is looked for in each run: as its choice; among the ties that it declares
 (what its rule says is as fast within error); or the other way round, its choice among the ties that a run with the
@@ -58,12 +58,12 @@ def _hyperthread(cpu: int) -> int:
 
 
 def repeat(folder: Path, arguments: list[str]) -> tuple[int, float]:
-    """The exit code of one run into `folder` and the seconds that it took; what it printed is in `output.txt`."""
+    """The exit code of one run into `folder`/run and the seconds that it took; what it printed is in `output.txt`."""
     folder.mkdir(parents=True)
     began = time.monotonic()
     with (folder / "output.txt").open("w") as output:
         done = subprocess.run(
-            [*COMMAND, *arguments, "--out", str(folder)],
+            [*COMMAND, *arguments, "--out", str(folder / "run")],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -163,7 +163,8 @@ def spread(values: Iterable[float]) -> dict[str, float] | None:
 
 
 def _policy(folder: Path) -> Policy | None:
-    return read_policy(folder / "policy.json") if (folder / "policy.json").exists() else None
+    path = folder / "run" / "policy.json"
+    return read_policy(path) if path.exists() else None
 
 
 def _show(row: dict[str, Any]) -> None:

@@ -91,7 +91,9 @@ def test_repeats_run_pinned_and_their_policies_are_compared(tmp_path: Path, monk
     (tmp_path / "run.py").write_text(
         "import os, shutil, sys\n"
         "folder = sys.argv[sys.argv.index('--out') + 1]\n"
-        "print(sys.argv[1:3], sorted(os.sched_getaffinity(0)), os.environ['AUTOTUNE_CACHE'].startswith(folder))\n"
+        "alone = os.path.dirname(os.environ['AUTOTUNE_CACHE']) == os.path.dirname(folder)\n"
+        "print(sys.argv[1:3], sorted(os.sched_getaffinity(0)), alone)\n"
+        "os.mkdir(folder)\n"
         f"shutil.copy({str(tmp_path / 'policy.json')!r}, folder)\n"
     )
     monkeypatch.setattr(repeats, "COMMAND", [sys.executable, str(tmp_path / "run.py")])
@@ -110,8 +112,8 @@ def test_repeats_run_pinned_and_their_policies_are_compared(tmp_path: Path, monk
     refused = CliRunner().invoke(repeats.main, options)
     assert (refused.exit_code, "is not empty" in refused.output) == (2, True)
     for number in ("01", "02"):
-        write_policy(chose("dynamic"), tmp_path / "out" / number / "policy.json")
-    (tmp_path / "out" / "03" / "policy.json").unlink()
+        write_policy(chose("dynamic"), tmp_path / "out" / number / "run" / "policy.json")
+    (tmp_path / "out" / "03" / "run" / "policy.json").unlink()
     again = CliRunner().invoke(repeats.main, ["--replay", "--out", str(tmp_path / "out")])
     assert again.exit_code == 1
     judged = json.loads(again.stdout.splitlines()[-1])
