@@ -96,7 +96,15 @@ def configurations(weights: str, depths: tuple[int, ...], compiled: bool) -> dic
         "graph, split_kv, 4-bit": graph.replace(cache="quantized-4"),
         "graph, split_kv, fp8": graph.replace(cache="quantized-fp8"),
     }
-    return named | {f"graph, split_kv, depth {depth}": graph.replace(draft="draft", depth=depth) for depth in depths}
+    for depth in depths:
+        named[f"graph, split_kv, depth {depth}"] = graph.replace(draft="draft", depth=depth)
+    if depths:
+        middle, deepest = sorted(depths)[len(depths) // 2], max(depths)
+        quantized = graph.replace(cache="quantized-4", draft="draft", depth=middle)
+        named[f"graph, split_kv, 4-bit, depth {middle}"] = quantized
+        adaptive = graph.replace(draft="draft", depth=deepest, speculation="adaptive")
+        named[f"graph, split_kv, adaptive to {deepest}"] = adaptive
+    return named
 
 
 def switch(engine: Engine, configuration: Configuration) -> None:
@@ -132,14 +140,19 @@ def rounds(
 
 
 def prefill(engine: Engine, prompt: list[int], chunk: int, repeats: int) -> Iterator[Row]:
-    configuration = Configuration(cache="static", prefill_chunk=chunk)
-    switch(engine, configuration)
+    plain = Configuration(cache="static", prefill_chunk=chunk)
+    split = plain.replace(attention="split_kv", launch="graph")
+    named = {"sdpa": plain, "split_kv": split, "split_kv, 4-bit": split.replace(cache="quantized-4")}
     for repeat in range(repeats + 1):
-        mine = engine.generate(prompt, configuration, 1).ttft_s
-        theirs = stock(engine, prompt, 2, chunk)["ttft_s"]
-        if repeat:
-            yield {"name": f"prefill, chunk {chunk}", "ttft_s": mine}
-            yield {"name": f"prefill, chunk {chunk}, stock", "ttft_s": theirs}
+        seconds = {}
+        for name, configuration in named.items():
+            switch(engine, configuration)
+            engine.close()
+            seconds[f", {name}"] = engine.generate(prompt, configuration, 1).ttft_s
+        switch(engine, Configuration())
+        seconds[", stock"] = stock(engine, prompt, 2, chunk)["ttft_s"]
+        for name, taken in seconds.items() if repeat else ():
+            yield {"name": f"prefill, chunk {chunk}{name}", "ttft_s": taken}
 
 
 def summarize(rows: list[Row]) -> Row:
