@@ -49,6 +49,7 @@ _UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group 
 _POSSIBLE = 0.1  # probability of being feasible below which a load group does not hope to serve a context
 _RISK = 0.1  # of the looks may go over the budget
 _CREDIT = 0.5  # of one that does, to begin with
+_SURE = 0.9  # and above which one is begun with
 _LIKELY = 0.5  # probability of being feasible below which a look is put off
 _EARLIER = {True: 0.1, False: 0.2}  # by which ln(rate) of an earlier run may be off; for another model: more
 _SHIFT = 0.5  # by which all of it may be
@@ -140,11 +141,23 @@ class Search:
 
     def run(self) -> None:
         """Measure until time, trials or the space run out."""
+        for opening in self._opening():
+            if not self._over() and self._outlook.chance(*opening) >= _SURE and opening not in self.known:
+                self._measured(*opening, "search")
         while not self._over():
             pair = self._next()
             if pair is None:
                 return
             self._measured(*pair, "search")
+
+    def _opening(self) -> list[tuple[Configuration, int]]:
+        """What experience favours of what the baseline has loaded, at every context.
+
+        It takes no load, every run begins with it, and it tells what the knobs beside the load are worth here.
+        """
+        groups = [c.load_group for (c, _), record in self.known.items() if record.stage == "baseline"]
+        favoured = [c for c in self.first if groups and c.load_group == groups[-1]]
+        return [(c, context) for c in favoured[:1] for context in self.workload.contexts]
 
     def baseline(self, candidates: list[Configuration], sure: float = 0.0) -> None:
         """Measure, per context, the first candidate that fits: what a user would run without tuning.

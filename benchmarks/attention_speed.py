@@ -111,10 +111,8 @@ def check(name: str, tokens: int, count: int) -> tuple[float, float]:
     if word == "static":
         read = keys, values
     else:
-        old = layer._dequantized(layer.stored, torch.float32)
-        read = tuple(
-            torch.cat([x, y[:, :, layer.stored :].float()], 2) for x, y in zip(old, (keys, values), strict=True)
-        )  # type: ignore[assignment]
+        window = (states[:, :, layer.stored :].float() for states in (keys, values))
+        read = layer.read(*window, layer.stored)
     return error(found, exact(query, *read)), error(found, exact(query, keys, values))
 
 

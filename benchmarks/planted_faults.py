@@ -158,7 +158,9 @@ def main(device: str) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        os.environ |= {"FAULT": str(folder / "fault.json"), "PYTHONPATH": str(FAULTY.parents[1])}
+        inherited = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join([str(FAULTY.parents[1]), *([inherited] if inherited else [])])
+        os.environ |= {"FAULT": str(folder / "fault.json"), "PYTHONPATH": path}
         trial.WORKER = (sys.executable, str(FAULTY))
         bench = Bench(folder, device)
         click.echo(f"{'planted':<48}{'outcome':<14}reason")

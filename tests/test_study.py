@@ -401,6 +401,21 @@ def test_the_baseline_is_stock_whatever_the_space_holds() -> None:
     assert {c.attention for c in run._stock("bf16", lost)} == {"eager"}
 
 
+def test_the_search_begins_with_what_needs_no_load_after_the_baseline(tmp_path: Path) -> None:
+    measure = Fake()
+    lookup = Configuration(draft="prompt-lookup", depth=4, cache="static")
+    other = Configuration(weights="quanto-int4", draft="prompt-lookup", depth=4, cache="static")
+    search = search_in(tmp_path, MIXED, measure, first=(other, lookup, Configuration()), max_trials=3)
+    search.baseline([Configuration()])
+    search.run()
+    assert measure.calls[:2] == [(Configuration(), 64), (Configuration(), 256)]
+    assert measure.calls[2:4] == [(lookup, 64), (lookup, 256)]
+    assert len(measure.calls) == 5
+    again = search_in(tmp_path, MIXED, measure, first=(lookup,), max_trials=3)
+    again.run()  # what is known is not measured again
+    assert len(measure.calls) == 5
+
+
 def winner_at_64(folder: Path, measure: Fake, winners: list[Configuration], **options: Any) -> Search:
     """A search that knows some configurations at the short context only."""
     search = search_in(folder, MIXED, measure, **options)
