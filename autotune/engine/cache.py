@@ -366,8 +366,12 @@ class QuantizedLayer(_Preallocated):
         while self.recent >= WINDOW + GROUP:
             assert self.keys is not None
             assert self.values is not None
-            self._store(self.keys[:, :, :GROUP], self.values[:, :, :GROUP])
             self.recent -= GROUP
+            oldest = self.keys[:, :, :GROUP], self.values[:, :, :GROUP]
+            if self._stores_by_kernel():
+                self._store_by_kernel(*oldest, behind=self.recent)
+                continue
+            self._store(*oldest)
             for window in (self.keys, self.values):
                 window[:, :, : self.recent] = window[:, :, GROUP : GROUP + self.recent].clone()
 
@@ -392,9 +396,25 @@ class QuantizedLayer(_Preallocated):
         self.keys[:, :, : self.recent] = keys
         self.values[:, :, : self.recent] = values
 
+    def _stores_by_kernel(self) -> bool:
+        """Whether one kernel quantizes: 4 bits on a GPU, where a token's values have a range for each half, or one."""
+        assert self.keys is not None
+        dim = self.keys.shape[-1]
+        return self.keys.is_cuda and self.bits == 4 and dim & (dim - 1) == 0 and 2 * self.value_group >= dim >= 32
+
+    def _store_by_kernel(self, keys: torch.Tensor, values: torch.Tensor, behind: int = 0) -> None:
+        from .kernels import store
+
+        stored = self.key_codes, self.value_codes, self.key_ranges, self.value_ranges
+        store(keys, values, *stored, self.stored, behind)
+        self.stored += keys.shape[2]
+
     def _store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         tokens = keys.shape[2]
         if tokens == 0:
+            return
+        if self._stores_by_kernel():
+            self._store_by_kernel(keys, values)
             return
         begin, end = self.stored, self.stored + tokens
         grouped = keys.unflatten(2, (tokens // GROUP, GROUP))
