@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "4-bit": ("quantized-4", {}),
     "4-bit, as if long": ("quantized-4", {"LONG": 0}),
     "4-bit, as if short": ("quantized-4", {"LONG": 10**9}),
-    "4-bit, no overlap": ("quantized-4", {"OVERLAP": 0}),
+    "4-bit, no overlap": ("quantized-4", {"OVERLAP": False}),
 }
 
 

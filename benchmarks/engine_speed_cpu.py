@@ -207,8 +207,8 @@ def combinations(weights: list[str], contexts: list[int]) -> Iterator[tuple[Conf
         )
 
 
-def report(rows: list[Row]) -> None:
-    """The table, the slowest first, and one JSON line."""
+def report(rows: list[Row], version: str = torch.__version__) -> None:
+    """The table, the slowest first, and one JSON line; `same` counts the rows in which stock can do the same."""
     rows = sorted(rows, key=lambda row: float(min(row["end_to_end_ratio"], row["decode_ratio"])))
     heads = "".join(f"{name:>22}{'ratio':>6}{'':>14}" for name in ("tokens/s, end to end", "decode", "steps/s"))
     knobs = f"{'weights':<12} {'attention':<9} {'cache':<13} {'draft':<13} {'chunk':>5}"
@@ -224,10 +224,16 @@ def report(rows: list[Row]) -> None:
             other += f"{', ' if other else 'stock: '}prefilled whole"
         knobs = f"{row['weights']:<12} {row['attention']:<9} {row['cache']:<13} {row['draft']:<13} {row['chunk']:>5}"
         click.echo(f"{row['context']:>7} {knobs}{cells} {row['same_text']}/{row['rounds']} {other}")
-    smallest = {f"smallest_{name}": min(row[f"{name}_ratio"] for row in rows) for name in RATES}
-    slower = sum(min(row["end_to_end_interval"][1], row["decode_interval"][1]) < 1 for row in rows)
-    line = {"benchmark": "engine_speed_cpu", "torch": torch.__version__, **smallest, "surely_slower": slower}
+    same = _figures([row for row in rows if row["stock_cache"] == row["cache"]])
+    line = {"benchmark": "engine_speed_cpu", "torch": version, **_figures(rows), "same": same}
     click.echo(json.dumps(line | {"rows": rows}))
+
+
+def _figures(rows: list[Row]) -> Row:
+    """How many there are, the smallest ratio of each rate, and in how many it is below 1 by more than its error."""
+    smallest = {f"smallest_{name}": min((row[f"{name}_ratio"] for row in rows), default=None) for name in RATES}
+    slower = {f"surely_slower_{name}": sum(row[f"{name}_interval"][1] < 1 for row in rows) for name in RATES}
+    return {"combinations": len(rows), **smallest, **slower}
 
 
 @click.command()
@@ -259,7 +265,8 @@ def main(
     All shards in one table: python benchmarks/engine_speed_cpu.py --join shard-1.txt --join shard-2.txt ...
     """
     if joined:
-        report([row for path in joined for row in json.loads(path.read_text().splitlines()[-1])["rows"]])
+        parts = [json.loads(path.read_text().splitlines()[-1]) for path in joined]
+        report([row for part in parts for row in part["rows"]], parts[0]["torch"])
         return
     began = time.perf_counter()
     torch.set_num_threads(len(os.sched_getaffinity(0)) if clock == "wall" else 1)

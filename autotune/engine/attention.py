@@ -36,7 +36,7 @@ WORD = "split_kv"
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 LONG = 8192  # slots of a 4-bit cache beyond which each warp gets blocks of its own, and a multiprocessor one program
 LONG_PROGRAMS, ROWS, WARPS, STAGES = 128, 16, 4, 3  # for every 16 query rows; warps of a program, and its pipeline
-OVERLAP = 1  # launch before the kernel before has ended: 0 none, 1 the combining kernel, 2 both
+OVERLAP = True  # the combining kernel is launched before the kernel before it has ended, and waits on the device
 FULL, FLOAT8 = 0, 16  # the kernel's words for a layer's storage; the others are bits per stored value
 
 
@@ -211,15 +211,13 @@ def _split_kv(
         assert key_codes is not None
         assert value_codes is not None
         key_codes, value_codes = key_codes.view(torch.uint8), value_codes.view(torch.uint8)
-    early = OVERLAP if _can_overlap(query.device) else 0
+    early = OVERLAP and _can_overlap(query.device)
     shape = {"COUNT": count, "HEADS_PER_KV": group, "DIM": dim, "PADDED": padded, "PARTS": parts, "ROWS": rows}
     with torch.cuda.device_of(query):
         states = (query, keys, values)
         lengths = (tokens, stored, partial, statistics)
         sizes = (scale * 1.4426950408889634, query.stride(1), query.stride(2), slots, capacity)  # they take powers of 2
         words: dict[str, Any] = {**shape, "SLIDING": window, "BLOCK": GROUP, "EARLY": early}
-        if early > 1:
-            words["launch_pdl"] = True
         if halves:
             assert key_ranges is not None
             assert value_ranges is not None
@@ -315,10 +313,8 @@ def _range(
 
 @triton.jit
 def _begin(EARLY: tl.constexpr):
-    """Wait for the kernel before where this one was launched early, and let the combining one be launched early."""
-    if EARLY > 1:
-        tl.extra.cuda.gdc_wait()
-    if EARLY > 0:
+    """Let the combining kernel be launched already."""
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -875,9 +871,7 @@ def _combine(
     part = tl.arange(0, PARTS_PADDED)
     channel = tl.arange(0, PADDED)
     at = (head * PARTS + part) * ROWS + row
-    if EARLY > 1:
-        tl.extra.cuda.gdc_launch_dependents()
-    if EARLY > 0:
+    if EARLY:
         tl.extra.cuda.gdc_wait()
     maximum = tl.load(statistics_ptr + at, mask=part < PARTS, other=float("-inf"))
     total = tl.load(statistics_ptr + tl.num_programs(0) * PARTS * ROWS + at, mask=part < PARTS, other=0.0)
