@@ -131,33 +131,28 @@ class Expected(_Model):
     task_loss: float | None = None  # points of F1 below the reference's own answers
 
 
-class Unrestricted(_Model):
+class _Alternative(_Model):
+    load: Load
+    settings: Settings
+    tokens_per_s: float = Field(gt=0)
+    gain: float = Field(gt=0)
+    gain_interval: tuple[float, float] | None = None
+    stage: str
+
+
+class Unrestricted(_Alternative):
     """The fastest at a context in the search, whatever it loads. It was not measured again, which flatters it.
 
     `gain` is how many times as fast as the rule's settings it was, with a 95 % interval where there is one.
     """
 
-    load: Load
-    settings: Settings
-    tokens_per_s: float = Field(gt=0)
-    gain: float = Field(gt=0)
-    gain_interval: tuple[float, float] | None = None
-    stage: str
 
-
-class Tie(_Model):
+class Tie(_Alternative):
     """A configuration that was within error of the fastest here, as the rule's own settings were.
 
     `gain` is how many times as fast as the rule's settings it was, with its 95 % interval. `stage` is `final` where it
     was measured again like them; else it is the search's, in which both were alike.
     """
-
-    load: Load
-    settings: Settings
-    tokens_per_s: float = Field(gt=0)
-    gain: float = Field(gt=0)
-    gain_interval: tuple[float, float] | None = None
-    stage: str
 
 
 class Evidence(_Model):

@@ -14,13 +14,13 @@ import copy
 import json
 import multiprocessing
 import os
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import click
 import torch
+from int4_speed import timed
 
 from autotune.engine import attention, cache
 
@@ -151,24 +151,6 @@ def graph(name: str, query: torch.Tensor, layers: list[Any]) -> tuple[torch.cuda
     return recorded, launches
 
 
-def timed(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str, float]:
-    """µs of one call for each: the median of rounds over all, after one that does not count."""
-    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {key: [] for key in graphs}
-    for number in range(ROUNDS + 1):
-        for key, (recorded, _) in graphs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            recorded.replay()
-            end.record()
-            if number:
-                marks[key].append((begin, end))
-    torch.cuda.synchronize()
-    return {
-        key: round(statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1000 / graphs[key][1], 2)
-        for key, pairs in marks.items()
-    }
-
-
 def one_case(names: list[str], tokens: int, count: int) -> dict[str, float]:
     sets: dict[str, list[Any]] = {}
     graphs = {}
@@ -179,7 +161,7 @@ def one_case(names: list[str], tokens: int, count: int) -> dict[str, float]:
             layer = make_layer(word, tokens, count)[0]
             sets[word] = [layer] + [copied(layer) for _ in range(L2_BYTES // layer_bytes(layer))]
         graphs[name] = graph(name, query, sets[word])
-    return timed(graphs)
+    return timed(graphs, ROUNDS)
 
 
 @click.command(help=__doc__)

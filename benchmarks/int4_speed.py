@@ -134,10 +134,10 @@ class Weights:
         return graph, launches
 
 
-def timed(graphs: dict[Any, Graph]) -> dict[Any, float]:
-    """µs of one product for each: the median of rounds over all, after one that does not count."""
+def timed(graphs: dict[Any, Graph], rounds: int = ROUNDS) -> dict[Any, float]:
+    """µs of one launch for each: the median of rounds over all, after one that does not count."""
     marks: dict[Any, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {key: [] for key in graphs}
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for key, (graph, _) in graphs.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()

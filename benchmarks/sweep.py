@@ -46,7 +46,7 @@ from autotune.trial import Trials
 
 UNLIMITED = 10**13  # bytes: under no budget
 IDENTITY = ("model", "drafts", "workload", "device", "hardware", "space", "sample", "groups", "seed", "shard")
-OWN = ("shard", "device", "started")  # what parts of one sweep do not share
+OWN = ("shard", "device")  # of these, what parts of one sweep do not share
 
 Pair = tuple[Configuration, int]
 
