@@ -31,11 +31,12 @@ HELD = 200 * 10**6
 CONTEXT, NEW_TOKENS = 512, 32
 FILLER = "The quick brown fox jumps over the lazy dog. "
 GPU_HOG = """
+import sys
 import torch
-a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+a = torch.randn(8192, 8192, device=sys.argv[1], dtype=torch.bfloat16)
 while True:
     a = (a @ a).tanh()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(a.device)
     print(flush=True)
 """
 
@@ -132,7 +133,7 @@ def busy(device: str) -> Iterator[None]:
         command = [sys.executable, "-c", "while True: pass"]  # each in a session of its own: Linux shares among those
         hogs = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
     else:
-        hogs = [subprocess.Popen([sys.executable, "-c", GPU_HOG], stdout=subprocess.PIPE)]
+        hogs = [subprocess.Popen([sys.executable, "-c", GPU_HOG, device], stdout=subprocess.PIPE)]
         assert hogs[0].stdout is not None
         hogs[0].stdout.readline()
     try:

@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import __version__
 from ..engine.load import Unsupported, compute_dtype, full_precision, quantize_linear, register_split_kv
+from .memory import nvml_handle
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -75,8 +76,7 @@ def state(device: str) -> dict[str, Any]:
     if device != "cpu":
         import pynvml
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
+        handle = nvml_handle(device)
         now |= {
             "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
             "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),

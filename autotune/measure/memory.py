@@ -101,15 +101,20 @@ class Meter:
         return used - torch.cuda.memory_reserved(self.device)
 
 
+def nvml_handle(device: str) -> Any:
+    """NVML's handle of a CUDA device. By UUID: NVML's numbers know nothing of CUDA_VISIBLE_DEVICES."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    uuid = str(torch.cuda.get_device_properties(int(device.partition(":")[2] or 0)).uuid)
+    return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+
+
 def process_bytes(device: str, pid: int) -> int | None:
     """What NVML attributes to a process on a CUDA device, in bytes; None where it does not list the process."""
     import pynvml
 
-    pynvml.nvmlInit()
-    index = int(device.partition(":")[2] or 0)
-    uuid = str(torch.cuda.get_device_properties(index).uuid)
-    handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(nvml_handle(device)):
         if process.pid == pid and process.usedGpuMemory is not None:
             return int(process.usedGpuMemory)
     return None
