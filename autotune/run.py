@@ -409,6 +409,7 @@ def _search(
         first=tuple(space.seeds()),
         earlier=earlier,
         predicted=foresight.predicted,
+        step_bytes=foresight.step_bytes if request.budget.device != "cpu" else None,
     )
 
     def on_record(record: Record) -> None:
@@ -422,7 +423,7 @@ def _search(
         foresight.learn(record)
         cut_short = record.outcome == "timeout" and f"{_TRIAL_S:.0f} s" not in record.reason  # by the run's own end
         if record.stage != "final" and not cut_short:
-            search.known[record.configuration, record.context_tokens] = record
+            search.learn(record)
             watch.record(record)
     return search
 
@@ -436,7 +437,7 @@ class Foresight:
         self.untaught = self.calibration = dataclasses.replace(self.default, base_bytes=base_bytes)
         self.pairs: list[tuple[Record, planning.Prediction]] = []
         self.fitted = 0  # of the pairs, so many are in the calibration
-        self.totals: dict[tuple[Configuration, int], int] = {}
+        self.formulas: dict[tuple[Configuration, int], planning.Prediction] = {}
 
     def learn(self, record: Record, new_tokens: int | None = None) -> None:
         """A measured peak corrects the predictions that follow."""
@@ -450,10 +451,17 @@ class Foresight:
 
     def predicted(self, configuration: Configuration, context: int) -> int:
         """The footprint in bytes as the formulas have it, before anything is learnt."""
+        return self._formula(configuration, context).total
+
+    def step_bytes(self, configuration: Configuration, context: int) -> float:
+        """What a decode step reads, in bytes."""
+        return self._formula(configuration, context).decode_floor_s or 0.0
+
+    def _formula(self, configuration: Configuration, context: int) -> planning.Prediction:
         pair = configuration, context
-        if pair not in self.totals:
-            self.totals[pair] = self._predict(configuration, context, self.untaught).total
-        return self.totals[pair]
+        if pair not in self.formulas:
+            self.formulas[pair] = self._predict(configuration, context, self.untaught, bandwidth=1.0)
+        return self.formulas[pair]
 
     def fits(self, configuration: Configuration, context: int) -> str:
         """Why it cannot fit, or nothing where it may: the prediction's own error is given away."""
@@ -469,6 +477,7 @@ class Foresight:
         context: int,
         calibration: planning.Calibration,
         new_tokens: int | None = None,
+        bandwidth: float | None = None,
     ) -> planning.Prediction:
         return planning.predict(
             self.shapes[str(self.request.model)],
@@ -478,6 +487,7 @@ class Foresight:
             new_tokens or self.request.workload.new_tokens,
             self.request.budget.device,
             calibration,
+            bandwidth,
         )
 
 

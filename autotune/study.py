@@ -6,7 +6,8 @@ known is weighed by what `surrogate` believes of its rate, its footprint and its
 expected to bring to the policy, a load group at every context, times the probability that it is feasible, over the
 seconds that a look takes, its part of the load included. The load group that promises most is first measured at every
 context that it can serve. A space too large to be weighed whole is weighed in a sample that grows around the best.
-What was measured once is never measured again. How to measure is handed in: `measure(configuration, context, stage)`.
+What was measured is measured again only where its error leaves the choice open: then a second look is weighed like a
+first one, by what it may change. How to measure is handed in: `measure(configuration, context, stage)`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +31,7 @@ from optuna.trial import TrialState
 
 from .config import Budget, Configuration, LoadGroup, Record, Workload
 from .earlier import Earlier
+from .measure.throughput import pooled
 from .results import RECORD, RunError, open_storage
 from .space import Space
 from .surrogate import Pool, below, footprint_belief, improvement, rate_belief, sound_belief
@@ -44,6 +47,7 @@ _POOL = 4000  # configurations up to which a space is weighed whole
 _DRAWN = 1000  # configurations of a larger one that are drawn at a time
 _CENTRES = 2  # of the fastest at a context whose neighbours are weighed as well
 _UNLIKE = 0.08  # ln(rate) that each knob which experience would set otherwise is expected to cost
+_BOUND = 0.35  # of ln(bytes that a decode step reads) is expected to be lost in ln(rate)
 _SOUND = 0.9  # of the configurations, before any is known
 _UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group does not serve counts as
 _POSSIBLE = 0.1  # probability of being feasible below which a load group does not hope to serve a context
@@ -54,6 +58,9 @@ _LIKELY = 0.5  # probability of being feasible below which a look is put off
 _EARLIER = {True: 0.1, False: 0.2}  # by which ln(rate) of an earlier run may be off; for another model: more
 _SHIFT = 0.5  # by which all of it may be
 _NEAR = 0.5  # octaves between its context and one of this run's
+_ONE_ROUND = 0.1  # standard error of a single round's ln(rate)
+_LOOKS = 3  # at the same pair, the most; the finals look at what is chosen again
+_DOUBT = 0.0003  # of the policy's ln(rate), the least for which something is looked at again
 _SHARED = 2.0  # of a load, in looks at every context, is laid on the look that begins it
 
 
@@ -134,8 +141,10 @@ class Search:
     seed: int = 0
     first: tuple[Configuration, ...] = ()  # what experience says may win
     known: dict[tuple[Configuration, int], Record] = field(default_factory=dict)
+    again: list[Record] = field(default_factory=list)  # second looks, which `known` has with the first ones
     earlier: tuple[Earlier, ...] = ()  # runs to learn from
     predicted: Callable[[Configuration, int], int] | None = None  # the footprint, uncalibrated, in bytes
+    step_bytes: Callable[[Configuration, int], float] | None = None  # read by a decode step, where that sets its pace
     on_record: Callable[[Record], None] = lambda record: None
     now: Callable[[], float] = lambda: time.monotonic()
 
@@ -179,7 +188,7 @@ class Search:
         return None
 
     def _over(self) -> bool:
-        measured = sum(record.stage == "search" for record in self.known.values())
+        measured = sum(record.stage == "search" for record in [*self.known.values(), *self.again])
         return self.now() >= self.deadline or (self.max_trials is not None and measured >= self.max_trials)
 
     @cached_property
@@ -242,7 +251,7 @@ class Search:
                 trial = self.studies.ask(context, parameters)
                 self.space.suggest(trial)
         record = self.measure(configuration, context, stage)
-        self.known[configuration, context] = record
+        self.learn(record)
         if trial is None:
             self.studies.keep(record)
         else:
@@ -250,6 +259,15 @@ class Search:
             self.studies.tell(context, trial, record, self.workload, self.budget)
         self.on_record(record)
         return record
+
+    def learn(self, record: Record) -> None:
+        """Know a record; with what was known of the same pair, where that was looked at before."""
+        pair = record.configuration, record.context_tokens
+        before = self.known.get(pair)
+        if before is not None and before.outcome == record.outcome == "ok" and before.samples and record.samples:
+            self.again.append(record)
+            record = pooled(before, record)
+        self.known[pair] = record
 
     def measured(
         self, configuration: Configuration, context: int, stage: str = "search", again: bool = False
@@ -275,6 +293,8 @@ class Outlook:
         self.worth: Any = np.zeros(0)  # per pair: the gain in the policy's ln(rate) that a look may bring
         self.standing: dict[int, float] = {}  # ln(rate) of the leading load group
         self.open: float | None = None
+        self.relearnt = 0  # second looks
+        self.doubtful: Any = np.zeros(0, bool)  # known, and worth a second look
         self.served = False  # whether the leading load group is measured wherever it can serve
         self.room: Any = np.zeros(0)  # per pair: ln(budget / predicted)
         self.out: Any = np.zeros(0, bool)  # known, or ruled out by what is
@@ -330,7 +350,11 @@ class Outlook:
         self.room = np.concatenate([self.room, room])
         self.out = np.concatenate([self.out, np.zeros(grown, bool)])
         self.doubted = np.concatenate([self.doubted, np.zeros(grown, bool)])
-        self.rate.reset(self.pool, -_UNLIKE * self.pool.distance(search.first))
+        self.doubtful = np.concatenate([self.doubtful, np.zeros(grown, bool)])
+        mean = -_UNLIKE * self.pool.distance(search.first)
+        if search.step_bytes is not None:
+            mean -= _BOUND * np.log([search.step_bytes(*pair) for pair in pairs])
+        self.rate.reset(self.pool, mean)
         self.footprint.reset(self.pool, np.zeros(len(pairs)))
         self.sound.reset(self.pool, np.full(len(pairs), _SOUND))
 
@@ -345,7 +369,7 @@ class Outlook:
             self.out[at] = True
             if record.tokens_per_s is not None:
                 rate = max(record.rate(search.workload.objective), 1e-9)
-                self.rate.observe(at, math.log(rate), record.spread or 0.0)
+                self.rate.observe(at, math.log(rate), self._error(record))
                 self.sound.observe(at, float(record.outcome in ("ok", "over_budget", "unstable")))
             elif record.outcome in ("unsupported", "crashed"):
                 self.sound.observe(at, 0.0)
@@ -356,8 +380,22 @@ class Outlook:
             if _did_not_load(record):
                 self.out |= self.group == self.group[at]
             self.resident = None if record.reason.startswith(_LOADING) else record.configuration.load_group
+        for record in search.again[self.relearnt :]:
+            pair = record.configuration, record.context_tokens
+            if pair in self.learnt:
+                rate = math.log(record.rate(search.workload.objective))
+                self.rate.observe(self.pool.index[pair], rate, self._error(record))
+                self.resident = record.configuration.load_group
+        self.relearnt = len(search.again)
         if new:
             self.doubted[:] = False
+
+    def _error(self, record: Record) -> float:
+        """The standard error of its ln(rate): that of a median over its rounds."""
+        rates = record.round_rates(self.search.workload.objective)
+        if len(rates) < 2:
+            return _ONE_ROUND
+        return statistics.stdev(map(math.log, rates)) / math.sqrt(len(rates)) * math.sqrt(math.pi / 2)
 
     def chance(self, configuration: Configuration, context: int) -> float:
         """The probability that it fits."""
@@ -378,10 +416,12 @@ class Outlook:
             closed = self.out | self.doubted
             scores, least = self._scores(), self._least(closed)
             self.open = self._open(closed)
-            scores[closed | (self._chances() < least)] = -np.inf
+            scores[(closed | (self._chances() < least)) & ~self.doubtful] = -np.inf
             before = int(closed.sum())
             while scores[at := int(np.argmax(scores))] > -np.inf:
                 scores[at] = -np.inf
+                if self.doubtful[at]:
+                    return self.pool.pairs[at]
                 if self.search.ruled_out(*self.pool.pairs[at]):
                     self.out[at] = True
                 elif self.search.fits(*self.pool.pairs[at]):
@@ -451,6 +491,7 @@ class Outlook:
                 cell = self.groups[configuration.load_group], self.contexts.index(context)
                 standing[cell] = max(standing[cell], math.log(record.rate(search.workload.objective)))
         held = standing > -np.inf
+        self.doubtful[:] = False
         seconds = self._seconds()
         if not held.any():  # nothing to compare with: what experience has, where it fits for sure
             return mean + 0.5 * np.log(np.maximum(chance, 1e-9)) - 0.01 * seconds / seconds.min()
@@ -481,11 +522,47 @@ class Outlook:
         self.worth = np.minimum(chance, others[self.group, self.context]) * improvement(gain, unsure)
         self.standing = dict(zip(self.contexts, standing[leader], strict=True))
         scores = self.worth / seconds
+        doubts = self._doubts(standing, middle.mean(axis=1), leader)
         scores[chance < _LIKELY] *= 0.1
         scores[~held[self.group, self.context] & (top[self.group, self.context] != np.arange(len(mean)))] = 0.0
         if scores[open_].max(initial=0.0) < 1e-12:
-            return np.where(open_, 1e-3 * promise - seconds, -np.inf)  # what is cheapest to be sure of
+            scores = np.where(open_, 1e-3 * promise - seconds, -np.inf)  # what is cheapest to be sure of
+        for at, worth in doubts.items():
+            self.doubtful[at], scores[at] = True, worth / seconds[at]
         return scores
+
+    def _doubts(self, standing: Any, means: Any, leader: int) -> dict[int, float]:
+        """What a second look is worth, by pair: how likely it is to change the choice, and by how much.
+
+        The choice is between load groups, and within the leading one at each context. A look at what leads can only
+        lower it to what comes next; one at what does not can raise it over what leads.
+        """
+        search, count, found = self.search, len(self.contexts), {}
+        whole = (standing > -np.inf).all(axis=1)
+        others = np.where(whole & (np.arange(len(means)) != leader), means, -np.inf)
+        looks = Counter((record.configuration, record.context_tokens) for record in search.again)
+        cells: dict[tuple[int, int], list[tuple[float, int, Record]]] = {}
+        for (configuration, context), record in search.known.items():
+            if record.outcome == "ok" and record.samples and context in self.contexts:
+                cell = self.groups[configuration.load_group], self.contexts.index(context)
+                rate = math.log(record.rate(search.workload.objective))
+                cells.setdefault(cell, []).append((rate, self.pool.index[configuration, context], record))
+        for (group, context), here in cells.items():
+            _, second = [*sorted((rate for rate, *_ in here), reverse=True), -np.inf][:2]
+            for rate, at, record in here:
+                behind = (rate - standing[group, context]) / count
+                if group != leader:
+                    gain = means[group] - means[leader] + behind if whole[group] else -np.inf
+                elif behind < 0:
+                    gain = behind
+                else:
+                    gain = max(float(others.max()) - means[leader], (second - rate) / count)
+                looked = 1 + looks[self.pool.pairs[at]]
+                if gain > -1 and looked < _LOOKS:
+                    worth = float(improvement(gain, self._error(record) / math.sqrt(1 + looked) / count))
+                    if worth >= _DOUBT:
+                        found[at] = worth
+        return found
 
     def _seconds(self) -> Any:
         """What a look takes, with its part of the load."""

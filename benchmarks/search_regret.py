@@ -53,8 +53,8 @@ import click
 import optuna
 
 from autotune import plan, run
-from autotune.config import Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib, parse_bytes
-from autotune.measure.throughput import HOPELESS, summarize
+from autotune.config import Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib, parse_bytes, per_round
+from autotune.measure.throughput import hopeless, summarize
 from autotune.policy import best_group, choose
 from autotune.results import frame
 from autotune.space import Space, Suggests
@@ -279,20 +279,19 @@ class Replay:
         return record.outcome, record.reason
 
     def _drawn(self, record: Record, bar: float | None) -> tuple[dict[str, Any], float]:
-        """Figures of rounds drawn from the recorded ones, and the seconds that ending after the first one spared."""
+        """Figures of rounds drawn from the recorded ones, and the seconds that ending early spared."""
         rounds: dict[int, list[dict[str, Any]]] = {}
         for sample in record.samples:
             rounds.setdefault(sample["round"], []).append(sample)
         draw = random.Random(f"{self.seed} {record.configuration.key()} {record.context_tokens} {len(self.records)}")
         drawn = draw.choices(list(rounds.values()), k=len(rounds))
         taken = [{**sample, "round": number} for number, samples in enumerate(drawn) for sample in samples]
-        first = [sample for sample in taken if sample["round"] == 0]
-        figures, spared_s = summarize(first), 0.0
-        if bar is None or figures["tokens_per_s"] >= HOPELESS * bar:
-            figures = summarize(taken)
-        else:
-            spared_s = sum(sample["ttft_s"] + sum(sample["step_s"]) for sample in taken[len(first) :])
-            taken = first
+        rates = per_round(taken, "tokens_per_s")
+        ends = (number for number in range(1, len(rates)) if bar is not None and hopeless(rates[:number], bar))
+        last = next(ends, len(rates))
+        spared_s = sum(sample["ttft_s"] + sum(sample["step_s"]) for sample in taken if sample["round"] >= last)
+        taken = [sample for sample in taken if sample["round"] < last]
+        figures = summarize(taken)
         figures.pop("drift")
         return {**figures, "samples": tuple(taken)}, spared_s
 

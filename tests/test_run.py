@@ -576,6 +576,21 @@ def test_an_earlier_run_calibrates_the_plan_unless_it_shall_not(tmp_path: Path, 
     assert bool(search.fits(sizes[-1].configuration, 64)) == warm_start
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_on_a_gpu_the_search_knows_what_a_step_reads(tmp_path: Path, device: str) -> None:
+    workload = Workload(contexts=(64,))
+    request = run.Request(TARGET, [], Budget(10**9, device), workload, read_space("quick"), "quick", tmp_path)
+    studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
+    info: dict[str, Any] = {"environment": {"base_bytes": 10**8}, "identity": {"model": {}, "drafts": []}}
+    request.warm_start = False
+    search = run._search(request, request.space, {str(TARGET): read_shape(TARGET)}, studies, Mock(), info, Mock())
+    assert (search.step_bytes is None) == (device == "cpu")
+    if search.step_bytes is not None:
+        full, packed = (search.step_bytes(Configuration(weights=w), 64) for w in ("bf16", "bnb-nf4"))
+        assert packed < 0.5 * full
+        assert search.step_bytes(Configuration(), 4096) > full
+
+
 @pytest.mark.parametrize(("share", "text"), [(0.0416, "; stopped with about 4% of the gain open"), (None, "")])
 def test_a_run_keeps_what_share_of_the_gain_it_left_open(tmp_path: Path, share: float | None, text: str) -> None:
     request, info = Mock(out=tmp_path), {"seed": 0}

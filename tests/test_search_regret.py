@@ -221,7 +221,7 @@ def test_the_search_is_the_same_by_seed_keeps_its_time_and_finds_the_optimum(syn
 
 def test_an_earlier_run_under_another_budget_makes_a_search_quicker(synthetic: regret.Sweep, tmp_path: Path) -> None:
     regret.write_earlier(synthetic, tmp_path / "earlier", 0)
-    budget, limit = synthetic.budgets()[0], 0.012 * synthetic.cost_s
+    budget, limit = synthetic.budgets()[1], 0.014 * synthetic.cost_s
     policies = []
     for beside in (None, tmp_path):
         chosen, replay = regret.search(synthetic, budget, 0, limit, beside)

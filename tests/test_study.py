@@ -102,12 +102,96 @@ def trials_of(folder: Path, context: int) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name=f"run/{context}", storage=open_storage(url(folder))).get_trials()
 
 
+def trials_in(search: Search, context: int) -> list[optuna.trial.FrozenTrial]:
+    return search.studies.by_context[context].get_trials()
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that moves only when it is told to."""
     now = SimpleNamespace(s=0.0)
     monkeypatch.setattr("autotune.study.time", SimpleNamespace(monotonic=lambda: now.s))
     return now
+
+
+class Noisy(Fake):
+    """Each look at a pair has the next of its rates, its rounds a tenth apart; without such it goes by the formula."""
+
+    def __init__(self, rates: dict[tuple[Configuration, int], list[float]]):
+        super().__init__()
+        self.rates = rates
+
+    def __call__(self, configuration: Configuration, context: int, stage: str) -> Record:
+        record = super().__call__(configuration, context, stage)
+        if not (left := self.rates.get((configuration, context))):
+            return record
+        middle = left.pop(0)
+        return synthetic_record(configuration, context, (0.9 * middle, middle, 1.1 * middle), stage=stage)
+
+
+TWO = space_of(weights=("bf16", "bnb-nf4"))
+SLOWER, FASTER = TWO.configurations()
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_load_groups_within_error_of_each_other_are_looked_at_again(tmp_path: Path) -> None:
+    rates = {(SLOWER, 64): [110.0, 90.0, 90.0, 90.0], (FASTER, 64): [100.0] * 4}
+    search = search_in(tmp_path, TWO, measure := Noisy(rates), contexts=(64,))
+    search.run()
+    assert measure.calls[:2].count((SLOWER, 64)) == 1
+    assert 1 <= measure.calls[2:].count((SLOWER, 64)) <= 2  # two more looks at most
+    assert measure.calls.count((FASTER, 64)) <= 3
+    rounds = search.known[SLOWER, 64].round_rates("end-to-end")
+    assert len(rounds) == 3 * measure.calls.count((SLOWER, 64))
+    best = best_in_group(search.known.values(), None, 64, "end-to-end")
+    assert best is not None
+    assert best.configuration == FASTER
+    stored = [t for t in trials_in(search, 64) if t.params["weights"] == "bf16"]
+    assert [json.loads(t.user_attrs[RECORD])["tokens_per_s"] for t in stored][:2] == [110.0, 90.0]
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_what_is_clear_is_not_looked_at_again(tmp_path: Path) -> None:
+    search = search_in(tmp_path, TWO, measure := Noisy({(SLOWER, 64): [70.0], (FASTER, 64): [120.0]}), contexts=(64,))
+    search.run()
+    assert len(measure.calls) == 2
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_within_a_load_group_the_leader_and_its_runner_up_are_looked_at_again(tmp_path: Path) -> None:
+    space = space_of(cache=("dynamic", "static", "quantized-4"))
+    caches = dict(zip(("dynamic", "static", "quantized-4"), ([100.0] * 5, [103.0] * 5, [50.0]), strict=True))
+    rates = {(Configuration(cache=cache), 64): looks for cache, looks in caches.items()}
+    search = search_in(tmp_path, space, measure := Noisy(rates), contexts=(64,))
+    search.run()
+    again = {configuration.cache for configuration, _ in measure.calls[3:]}
+    assert again
+    assert again <= {"dynamic", "static"}
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_second_looks_count_as_trials_and_a_failed_one_stands(tmp_path: Path) -> None:
+    rates = {(SLOWER, 64): [104.0] * 9, (FASTER, 64): [100.0] * 9}
+    limited = search_in(tmp_path / "a", TWO, measure := Noisy(dict(rates)), contexts=(64,), max_trials=3)
+    limited.run()
+    assert len(measure.calls) == 3
+    search = search_in(tmp_path / "b", TWO, Noisy({}), contexts=(64,))
+    search.measured(SLOWER, 64)
+    search.learn(Record(SLOWER, 64, "out_of_memory", "it failed"))
+    assert search.known[SLOWER, 64].outcome == "out_of_memory"
+    assert search.again == []
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_where_reading_sets_the_pace_what_reads_least_is_looked_at_first(tmp_path: Path) -> None:
+    size = {"bf16": 16e9, "bnb-nf4": 5e9, "quanto-int4": 4e9}
+
+    def first(**options: Any) -> str:
+        search_in(tmp_path, MIXED, measure := Fake(), max_trials=1, **options).run()
+        return measure.calls[0][0].weights
+
+    assert first() == "bf16"
+    assert first(step_bytes=lambda c, context: size[c.weights]) == "quanto-int4"
 
 
 @pytest.mark.usefixtures("in_memory")

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import synthetic_record
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.config import Budget, Configuration, Workload
 from autotune.engine.decode import Generation
-from autotune.measure.throughput import DRIFT, MAX_ROUNDS, drift, measure_throughput, rate_interval, summarize
+from autotune.measure.throughput import (
+    DRIFT,
+    MAX_ROUNDS,
+    drift,
+    measure_throughput,
+    pooled,
+    rate_interval,
+    summarize,
+)
 from autotune.trial import Trials
 
 PLAIN = Configuration()
@@ -76,10 +85,24 @@ def test_noise_is_not_answered_past_the_time_limit() -> None:
     assert len(samples) == MIN_ROUNDS * len(PROMPTS)
 
 
-@pytest.mark.parametrize(("rate", "rounds"), [(70.0, 1), (80.0, MIN_ROUNDS)])
-def test_what_cannot_be_the_fastest_gets_one_round(rate: float, rounds: int) -> None:
-    samples, _ = measured(itertools.repeat(rate), bar=100.0)
+@pytest.mark.parametrize(
+    ("rates", "rounds"), [((60.0, 99.0), 1), ((70.0, 70.0), 2), ((74.5, 75.5), MIN_ROUNDS), ((80.0, 80.0), MIN_ROUNDS)]
+)
+def test_what_cannot_be_the_fastest_gets_a_round_or_two(rates: tuple[float, float], rounds: int) -> None:
+    first, later = ([rate] * len(PROMPTS) for rate in rates)
+    samples, _ = measured(itertools.chain(first, itertools.cycle(later)), bar=100.0)
     assert len(samples) == rounds * len(PROMPTS)
+
+
+def test_two_measurements_of_the_same_thing_are_one_with_the_rounds_of_both() -> None:
+    first = synthetic_record(PLAIN, 64, (100.0, 110.0), stage="baseline", peak=7)
+    second = synthetic_record(PLAIN, 64, (120.0, 130.0, 140.0), peak=5, load_s=9.0)
+    both = pooled(first, second)
+    assert both.round_rates("end-to-end") == pytest.approx([100, 110, 120, 130, 140])
+    assert both.tokens_per_s == pytest.approx(120)
+    assert both.spread == pytest.approx(15.81 / 120, rel=1e-3)
+    assert (both.stage, both.peak_bytes, both.load_s) == ("baseline", 7, 9.0)
+    assert len(pooled(both, second).round_rates("end-to-end")) == 8
 
 
 def test_a_watcher_hears_of_every_round() -> None:

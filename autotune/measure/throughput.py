@@ -7,13 +7,14 @@ are taken from the same generation: time to first token, and the time from there
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..config import Configuration, overall, per_round
+from ..config import Configuration, Record, per_round
 
 if TYPE_CHECKING:  # what is timed needs only a `generate` that returns what a Generation holds
     from ..engine.decode import Engine, Generation
@@ -21,7 +22,8 @@ if TYPE_CHECKING:  # what is timed needs only a `generate` that returns what a G
 MAX_ROUNDS = 8
 GOAL = 0.03  # relative half-width of the 95 % interval at which rounds end
 DRIFT = 0.8  # rounds that fall below this share of the earlier ones and stay there are another rate, not noise
-HOPELESS = 0.75  # share of the best known rate below which one round is enough
+HOPELESS = 0.75  # share of the best known rate below which two rounds are enough
+FAR = 0.65  # and below which one is
 # Student's t, two-sided 95 %, for 2 to 7 degrees of freedom
 _T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
@@ -39,7 +41,7 @@ def measure_throughput(
 ) -> tuple[list[dict[str, Any]], list[Generation]]:
     """Raw samples of every timed generation, and the last round's generations. Warm-up is not among them.
 
-    Rounds end early where the first one falls so far below `bar` (tokens/s) that this cannot be the fastest.
+    Rounds end early where they fall so far below `bar` (tokens/s) that this cannot be the fastest.
     """
     engine.generate(prompts[0], configuration, min(new_tokens, _warm_up_tokens(configuration)))
     samples: list[dict[str, Any]] = []
@@ -50,7 +52,7 @@ def measure_throughput(
         samples += [_sample(done - 1, index, generation) for index, generation in enumerate(generations)]
         on_round(done)
         now = time.perf_counter()
-        if bar is not None and overall(samples, "tokens_per_s") < HOPELESS * bar:
+        if bar is not None and hopeless(per_round(samples, "tokens_per_s"), bar):
             break
         if done >= min_rounds:
             _, low, high = rate_interval(samples, "tokens_per_s")
@@ -58,6 +60,11 @@ def measure_throughput(
             if (high - low) / 2 <= GOAL * middle or now - began + (now - round_began) > limit_s:
                 break
     return samples, generations
+
+
+def hopeless(rates: list[float], bar: float) -> bool:
+    """Whether the rounds say that this is not the fastest; a single one may be a stall, so that it has to say more."""
+    return max(rates) < (HOPELESS if len(rates) > 1 else FAR) * bar
 
 
 def _warm_up_tokens(configuration: Configuration) -> int:
@@ -83,6 +90,16 @@ def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
         figures["mean_depth"] = proposed / sum(len(sample["step_s"]) for sample in samples)
         figures["tokens_per_verification"] = 1 + sum(sample["accepted"] for sample in samples) / verifications
     return figures
+
+
+def pooled(first: Record, second: Record) -> Record:
+    """Two measurements of the same thing as one: the second with the rounds of both, and the higher footprint."""
+    after = 1 + max(sample["round"] for sample in first.samples)
+    samples = [*first.samples, *({**sample, "round": sample["round"] + after} for sample in second.samples)]
+    figures = summarize(samples)
+    del figures["drift"]
+    peak = max(record.peak_bytes or 0 for record in (first, second)) or None
+    return dataclasses.replace(second, **figures, samples=tuple(samples), stage=first.stage, peak_bytes=peak)
 
 
 def drift(samples: list[dict[str, Any]]) -> float:
