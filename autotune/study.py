@@ -47,6 +47,7 @@ _POOL = 4000  # configurations up to which a space is weighed whole
 _DRAWN = 1000  # configurations of a larger one that are drawn at a time
 _CENTRES = 2  # of the fastest at a context whose neighbours are weighed as well
 _UNLIKE = 0.08  # ln(rate) that each knob which experience would set otherwise is expected to cost
+_LATER = 0.05
 _BOUND = 0.35  # of ln(bytes that a decode step reads) is expected to be lost in ln(rate)
 _SOUND = 0.9  # of the configurations, before any is known
 _UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group does not serve counts as
@@ -335,9 +336,9 @@ class Outlook:
         return [self.search.space.suggest(Drawn(self.random)) for _ in range(count)]
 
     def _extend(self, configurations: Iterable[Configuration]) -> None:
-        """Take configurations into the pool; all that was learnt is learnt again for them."""
+        """Take configurations into the pool, with a draft model also idle; all that was learnt is learnt again."""
         search, before = self.search, len(self.pool.pairs)
-        self.pool.extend(configurations)
+        self.pool.extend(also for c in configurations for also in (c, c.replace(depth=0)) if also is c or c.has_draft_model)
         pairs = self.pool.pairs
         if len(pairs) == before:
             return
@@ -353,6 +354,8 @@ class Outlook:
         self.doubtful = np.concatenate([self.doubtful, np.zeros(grown, bool)])
         mean = -_UNLIKE * self.pool.distance(search.first)
         if search.step_bytes is not None:
+            order = {word: rank for rank, word in enumerate(search.space.choices["weights"])}
+            mean -= _LATER * np.array([order.get(c.weights, len(order)) for c, _ in pairs])
             mean -= _BOUND * np.log([search.step_bytes(*pair) for pair in pairs])
         self.rate.reset(self.pool, mean)
         self.footprint.reset(self.pool, np.zeros(len(pairs)))

@@ -131,8 +131,10 @@ class Pool:
         self.octave = np.log2([context for _, context in self.pairs])
 
     def _code(self, configuration: Configuration, context: int) -> list[float]:
-        """A number for each word that has an effect here."""
-        words = [getattr(configuration.at(context), knob) for knob in _KNOBS]
+        """A number for each word that has an effect here; a draft model that is idle has none."""
+        done = configuration.at(context)
+        idle = {"draft": "none", "draft_weights": "none"} if not done.depth else {}
+        words = [idle.get(knob, getattr(done, knob)) for knob in _KNOBS]
         codes = [float(self._words.setdefault(word, len(self._words))) for word in words]
         codes[_DEPTH] = configuration.depth
         return codes
