@@ -338,7 +338,9 @@ class Outlook:
     def _extend(self, configurations: Iterable[Configuration]) -> None:
         """Take configurations into the pool, with a draft model also idle; all that was learnt is learnt again."""
         search, before = self.search, len(self.pool.pairs)
-        self.pool.extend(also for c in configurations for also in (c, c.replace(depth=0)) if also is c or c.has_draft_model)
+        self.pool.extend(
+            also for c in configurations for also in (c, c.replace(depth=0)) if also is c or c.has_draft_model
+        )
         pairs = self.pool.pairs
         if len(pairs) == before:
             return

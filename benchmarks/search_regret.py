@@ -112,7 +112,8 @@ class Sweep:
         choices = {knob: tuple(words) for knob, words in self.header["space"].items()}
         space = Space(choices)
         held = tuple(c for c in self.configurations if space.parameters(c) is not None)
-        return Held(choices, held=held)
+        idle = tuple(c for c in self.configurations if c.has_draft_model and not c.depth)
+        return Held(choices, held=held, idle=idle)
 
     @cached_property
     def shapes(self) -> dict[str, plan.ModelShape]:
@@ -165,6 +166,7 @@ class Held(Space):
     """The part of a space that a sweep holds; a suggestion outside it stands for the nearest one inside."""
 
     held: tuple[Configuration, ...] = ()
+    idle: tuple[Configuration, ...] = ()  # with a draft model that is not used, which a search adds to a whole space
 
     @cached_property
     def _known(self) -> frozenset[Configuration]:
@@ -185,8 +187,10 @@ class Held(Space):
         return self.nearest(super().suggest(trial))
 
     def configurations(self) -> Iterator[Configuration]:
-        fits = (c for c in self.held if all(getattr(c, knob) in self.choices[knob] for knob in _LOAD_KNOBS[:3]))
-        return (c for c in fits if self.parameters(c) is not None)
+        fits = (
+            c for c in self.held + self.idle if all(getattr(c, knob) in self.choices[knob] for knob in _LOAD_KNOBS[:3])
+        )
+        return (c for c in fits if self.parameters(c) is not None or c in self.idle)
 
     def seeds(self) -> Iterator[Configuration]:
         return iter(dict.fromkeys(self.nearest(configuration) for configuration in super().seeds()))

@@ -269,7 +269,8 @@ def test_a_sweep_of_a_part_answers_with_the_nearest_that_it_holds(part: regret.S
         assert found in held
         if any(other.load_group == configuration.load_group for other in part.space.held):
             assert found.load_group == configuration.load_group
-    assert set(part.space.configurations()) == set(part.space.held)
+    assert part.space.idle
+    assert set(part.space.configurations()) == {*part.space.held, *part.space.idle} == held
     assert part.cost_s < synthetic.cost_s / 3
     chosen, replay = regret.search(part, regret.UNLIMITED, 0, 0.2 * part.cost_s)
     assert {record.configuration for record in replay.records} <= held

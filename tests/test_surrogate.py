@@ -80,6 +80,16 @@ def test_a_chunk_that_holds_the_whole_prompt_is_no_chunk() -> None:
     assert belief.variance[pool.index[chunked, 2048]] > belief.variance[pool.index[Configuration(), 2048]] + 0.01
 
 
+def test_a_draft_model_that_is_idle_is_as_none() -> None:
+    used = Configuration(draft="/models/draft", draft_weights="bf16", depth=4)
+    pool, belief = believing([Configuration(), used.replace(depth=0), used])
+    none, idle, drafted = (pool.index[c, 128] for c in (Configuration(), used.replace(depth=0), used))
+    belief.observe(none, 2.0)
+    assert belief.mean[idle] == pytest.approx(belief.mean[none])
+    assert belief.mean[drafted] < belief.mean[idle]
+    assert belief.deviation[drafted] > belief.deviation[idle]
+
+
 @pytest.mark.parametrize("least", [-1.0, 0.2, 1.5])
 def test_of_what_was_cut_off_is_known_that_it_lies_above(least: float) -> None:
     _, belief = believing(SOME[:4])
