@@ -428,12 +428,14 @@ def _near(compared: tuple[float, float, float]) -> bool:
 def keeps_up(
     records: Iterable[Record], ours: dict[int, Configuration], theirs: dict[int, Configuration], workload: Workload
 ) -> bool:
-    """Whether our load may be as fast as theirs by the finals of all contexts together, or theirs failed."""
+    """Whether our load may be as fast as theirs by the finals of all contexts together; yes where noise hides it."""
     done = as_done(records)
     mine, other = (
         _fastest(done, side[max(side)].load_group, list(theirs), workload.objective) for side in (ours, theirs)
     )
-    return bool(mine) and (not other or _near(_overall(done, mine, other, workload)))
+    if mine and other:
+        return _near(_overall(done, mine, other, workload))
+    return bool(mine) or not any(configuration in _broken(done, context) for context, configuration in ours.items())
 
 
 def _fastest(
@@ -504,15 +506,26 @@ def _simplest(
 ) -> Configuration:
     """Of what tied when it was measured again, the simplest that is near the fastest; the chosen where nothing was.
 
-    Where the fastest is significantly faster than the baseline, so is what is recommended.
+    Where the fastest is significantly faster than the baseline, so is what is recommended. Noise that kept the chosen
+    from being measured again does not make room for what is slower.
     """
     ties = tied(records, chosen.load_group, context, objective)
+    if ties and _hidden(records, chosen, ties[0], context, objective):
+        return chosen
 
     def gains(configuration: Configuration) -> bool:
         return _compare(records, configuration, baseline, context, objective)[1] > 1
 
     good = [c for c in ties if _compare(records, c, ties[0], context, objective)[0] >= NEAR]
     return min([c for c in good if gains(c) or not gains(ties[0])] or [chosen], key=lambda c: c.simplicity)
+
+
+def _hidden(
+    records: list[Record], configuration: Configuration, fastest: Configuration, context: int, objective: Objective
+) -> bool:
+    """Whether it was not soundly measured again, and is faster than the fastest that was by all that is known."""
+    again = any(r.configuration == configuration and r.stage == "final" for r in _sound(records, context))
+    return not again and _compare(records, configuration, fastest, context, objective)[1] > 1
 
 
 def _sound(records: list[Record], context: int) -> list[Record]:
@@ -665,11 +678,19 @@ def _of_the_best_load(
 
     That is the simplest of the load groups that tie with the fastest and are near it. Where the fastest is somewhere
     significantly faster than the baseline, so is it. What was not measured again at every context takes no part; where
-    that is so of the chosen load group, only what is faster than the baseline takes its place.
+    the chosen failed, only what is faster than the baseline takes its place, and where noise hides it nothing does.
     """
     objective, ours = workload.objective, chosen[max(contexts)].load_group
     sides = {group: _fastest(records, group, contexts, objective) for group in _measured_again(records)}
     sides = {group: side for group, side in sides.items() if side}
+    outcomes = [
+        {r.outcome for r in records if (r.configuration, r.context_tokens, r.stage) == (chosen[c], c, "final")}
+        for c in contexts
+    ]
+    if any(found and "ok" not in found for found in outcomes):
+        return chosen
+    if ours in sides and any(_hidden(records, chosen[c], sides[ours][c], c, objective) for c in contexts):
+        del sides[ours]
 
     def gains(side: dict[int, Configuration]) -> bool:
         return any(_compare(records, side[c], baselines.get(c), c, objective)[1] > 1 for c in contexts)
