@@ -1223,7 +1223,7 @@ def test_noise_in_a_final_of_the_chosen_makes_room_neither_for_the_baseline_of_i
     assert chosen_of(policy_of(rival, chosen, stock)) == [OURS, OURS.replace(cache="dynamic")]
     crashed = [*records, Record(OURS, 2048, "crashed", stage="final"), synthetic_record(DEEPER_BF16, 2048, around(49))]
     assert chosen_of(policy_of(crashed, chosen, stock)) == [THEIRS] * 2
-    without = [r for r in crashed if r.configuration != THEIRS]
+    without = [r for r in crashed if r.configuration != THEIRS] + at_both({INT4: (60.0, 25.0)})
     assert chosen_of(policy_of(without, chosen, stock)) == [OURS, DEEPER_BF16]
 
 
