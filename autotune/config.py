@@ -62,6 +62,11 @@ class LoadGroup:
     draft_weights: str = "none"
     attention: str = "sdpa"
 
+    @property
+    def simplicity(self) -> tuple[Any, ...]:
+        """Sorts the simplest first, by `Configuration.simplicity` of these knobs with all others stock."""
+        return Configuration(**vars(self)).simplicity
+
 
 @dataclass(frozen=True)
 class Configuration:

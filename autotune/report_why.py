@@ -89,8 +89,11 @@ def _compared(view: View, answer: Answer, other: Record) -> list[object]:
     bound = not answer.kept and not view.run.info.get("reloads")
     if low > 1 and bound and ours.load_group != theirs.load_group:
         said += ["; but one load serves all contexts"]
-    elif low <= 1 <= high and ours.simplicity < theirs.simplicity and math.isfinite(high):
-        said += ["; the chosen is simpler"]
+    elif low <= 1 <= high and math.isfinite(high):
+        if ours.load_group != theirs.load_group and bound:
+            said += ["; the chosen load is simpler"] * (ours.load_group.simplicity < theirs.load_group.simplicity)
+        else:
+            said += ["; the chosen is simpler"] * (ours.simplicity < theirs.simplicity)
     return said
 
 

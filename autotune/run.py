@@ -1,4 +1,8 @@
-"""One run, from inputs to a policy: the story of the whole program in `tune`."""
+"""One run, from inputs to a policy: the story of the whole program in `tune`.
+
+Finals measure the chosen again in turn with a contender, another load group that may be as fast, and the baseline; each
+of the two loads also tries what led with the other. What comes of it is decided by `policy.settle`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,21 @@ from . import __version__, references
 from . import plan as planning
 from .config import HEAD_WEIGHTS, Configuration, Record, Workload, mib
 from .earlier import Earlier, earlier_runs, learnt_from
-from .policy import Policy, best_group, choose, make_policy, near, rivals, settle, speedup, tied, write_policy
+from .policy import (
+    Policy,
+    best_group,
+    choose,
+    contender,
+    keeps_up,
+    make_policy,
+    near,
+    rivals,
+    settle,
+    speedup,
+    tied,
+    unfinished,
+    write_policy,
+)
 from .report import write_report
 from .report_view import RunData
 from .request import Request, check_inputs
@@ -28,7 +46,7 @@ from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
 COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
-FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with a rival each does not take more
+FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with contender and rivals takes no more
 RIVALS = 3  # per context, the most that are measured again beside the chosen
 _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
 _TRIAL_S = 600.0  # the longest that one measurement may take
@@ -80,7 +98,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             chosen, baselines = _finalists(search, candidates, request.reloads)
             end = request.started + request.timeout_s
             until = min(end, search.now() + FINAL_SHARE * request.timeout_s)
-            _finals(search, trials, chosen, baselines, watch, until, end)
+            _finals(search, trials, chosen, baselines, watch, until, end, request.reloads)
             chosen |= _boundaries(request, search, trials, info, chosen, baselines, watch)
         except KeyboardInterrupt:
             watch.note("stopped: finishing with what was measured")
@@ -492,7 +510,10 @@ class Foresight:
 
 
 def _reserve(search: Search, request: Request, reference_s: float) -> float:
-    """Seconds that the finalists, baselines that wait and a look for each boundary will take, at most two fifths."""
+    """Seconds that the finalists, a contender, baselines that wait and a look for each boundary will take.
+
+    At most two fifths of the run.
+    """
     stock, ours, lacking = 0.0, 0.0, 0
     for context in search.workload.contexts:
         here = [r for (_, at), r in search.known.items() if at == context and r.tokens_per_s]
@@ -507,6 +528,9 @@ def _reserve(search: Search, request: Request, reference_s: float) -> float:
     loads = 1 + max(1, len({configuration.load_group for configuration in chosen.values()}))
     turn = _CARE_OVER_LOOK * (stock + ours) + loads * load
     rival = _CARE_OVER_LOOK * ours
+    other = {} if request.reloads else contender(list(search.known.values()), search.workload, chosen)
+    if other:
+        turn += _seconds(search, [(c, context) for context, c in other.items()]) + load
     finals = max(turn + rival, min(FINAL_ROUNDS * (turn + RIVALS * rival), FINAL_SHARE * request.timeout_s))
     finals += lacking * (1 + FINAL_ROUNDS) * longest + bool(lacking) * load
     looks = [
@@ -557,11 +581,16 @@ def _dropped(space: Space) -> str:
 def _finalists(
     search: Search, candidates: list[Configuration], reloads: bool
 ) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
-    """The chosen configurations, every context of the best load group measured, and the baselines."""
+    """The chosen configurations, every context of the best load group and of a near one measured, and the baselines."""
     group = best_group(search.known.values(), search.workload)
     if group is not None:
         search.deadline += COMPLETING_S
         complete(search, group)
+        known, workload = list(search.known.values()), search.workload
+        if not reloads and not contender(known, workload, choose(known, workload)):
+            near_it = unfinished(known, workload, group)
+            if near_it is not None:
+                complete(search, near_it)
     if search.now() < search.deadline:
         search.baseline(candidates, sure=_UNSURE)
     chosen, baselines = _choice(search, candidates, reloads)
@@ -588,19 +617,27 @@ def _finals(
     watch: Watch,
     until: float,
     end: float,
+    reloads: bool,
 ) -> None:
-    """Chosen, baseline, chosen, baseline: each turn in a fresh worker. One of them, where both are the same.
+    """Chosen, contender, baseline, and again, each in a fresh worker; no baseline where it is what was chosen.
 
-    Right after the chosen of a context come its rivals, in the same worker: what the search found as fast, in the next
-    turn what still is. Where what is left of the time `until` is less than the turns before took, there is no other.
-    One turn there is always, with a rival for each context where it has room before the `end` of the run.
+    The contender is another load group that may be as fast, where there is one and time for it before the `end` of the
+    run. It has no second turn where it fell behind, or where there is only time for the others. Right after the chosen
+    and the contender of a context come their rivals, in the same worker: what may be as fast, in the next turn what
+    still is. Where what is left of the time `until` is less than the turns before took, there is no other. One turn
+    there is always, with a rival for each context where it has room before the `end`.
     """
-    chosen = {context: configuration.at(context) for context, configuration in chosen.items()}
-    sides = {"chosen": chosen, "baseline": baselines}
-    if chosen == baselines:
-        del sides["baseline"]
-    began, objective = search.now(), search.workload.objective
+    workload, objective = search.workload, search.workload.objective
+    other = {} if reloads else contender(list(search.known.values()), workload, chosen)
+    sides = {"chosen": chosen, "contender": other}
+    sides = {name: {c: ours.at(c) for c, ours in side.items()} for name, side in sides.items()}
+    others = _rivals(search, sides["chosen"], sides["contender"], baselines, until, end)
+    if "contender" not in others:
+        del sides["contender"]
+    if sides["chosen"] != baselines:
+        sides["baseline"] = baselines
     finals: list[Record] = []
+    took = dict.fromkeys(sides, 0.0)
 
     def again(configuration: Configuration, context: int) -> Record:
         record = search.measure(configuration, context, "final")
@@ -609,72 +646,118 @@ def _finals(
         finals.append(record)
         return record
 
-    others = _rivals(search, chosen, baselines, until, end)
     for turn in range(FINAL_ROUNDS):
-        if turn and search.now() + (search.now() - began) / turn > until:
+        left = until - search.now()
+        if turn and sum(took[name] for name in sides if name != "contender") / turn > left:
             watch.note(f"no time to measure the chosen again more than {turn} of {FINAL_ROUNDS} times: raise --timeout")
             return
+        if turn and "contender" in sides:
+            keeping_up = keeps_up(finals, sides["contender"], sides["chosen"], workload)
+            if not keeping_up or sum(took.values()) / turn > left:
+                del sides["contender"], took["contender"]
         if turn:
-            others = {c: [r for r in others[c] if r in tied(finals, r.load_group, c, objective)] for c in chosen}
+            for plan in others.values():
+                for c, planned in plan.items():
+                    plan[c] = [r for r in planned if r in tied(finals, r.load_group, c, objective)]
         for name, side in sides.items():
+            began = search.now()
             trials.close()
             for context in sorted(side, key=lambda c: (str(side[c].load_group), c)):
                 watch.phase(f"measuring the {name} again, {turn + 1} of {FINAL_ROUNDS}")
                 ours = again(side[context], context)
-                for rival in others[context] if side is chosen else []:
+                for rival in others[name][context] if name in others else []:
                     watch.phase(f"measuring what may be as fast, {turn + 1} of {FINAL_ROUNDS}")
                     if _known(search, rival, context) is None:  # a look first: most are not worth more
                         look = search.measured(rival, context)
                         if look.outcome != "ok" or ours.outcome != "ok" or not near([look], [ours], objective):
                             continue
                     again(rival, context)
+            took[name] += search.now() - began
 
 
 def _rivals(
     search: Search,
     chosen: dict[int, Configuration],
+    other: dict[int, Configuration],
     baselines: dict[int, Configuration],
     until: float,
     end: float,
-) -> dict[int, list[Configuration]]:
-    """What is measured again beside the chosen, per context.
+) -> dict[str, dict[int, list[Configuration]]]:
+    """What is measured again beside the chosen, and beside the contender where that is measured itself, per context.
 
-    What the search found as fast and what it never measured there, in turns: one for each context where there is time
-    for one turn before the `end`, more where there is for all turns within `until`.
+    First what the other load group has learnt, then what the search found as fast and what it never measured there, in
+    turns: one for each context where there is time for one turn before the `end`, then the contender and one for each
+    of its contexts likewise, more where there is for all turns within `until`.
     """
-    offers = {}
-    for context, leader in chosen.items():
-        known = rivals(list(search.known.values()), leader, context, search.workload.objective)
-        elsewhere = [c.at(context) for c in chosen.values() if c.load_group == leader.load_group]
-        mixed = zip_longest(known, _untried(search, leader, elsewhere, context))
-        offers[context] = [c for pair in mixed for c in pair if c not in (None, baselines.get(context))]
-    room, spent = [end - search.now(), *[(until - search.now()) / FINAL_ROUNDS] * (RIVALS - 1)], 0.0
-    sides = [chosen, baselines] if chosen != baselines else [chosen]
-    turn = sum(_seconds(search, [(c, context) for context, c in side.items()], load=True) for side in sides)
-    found: dict[int, list[Configuration]] = {context: [] for context in chosen}
+    sides = {"chosen": chosen, "contender": other} if other else {"chosen": chosen}
+    offers: dict[str, dict[int, list[Configuration]]] = {}
+    for name, side in sides.items():
+        across = {"chosen": other, "contender": chosen}[name]
+        offers[name] = {}
+        for context, leader in side.items():
+            known = rivals(list(search.known.values()), leader, context, search.workload.objective)
+            elsewhere = [c.at(context) for c in side.values() if c.load_group == leader.load_group]
+            learnt = _learnt(search, leader, across.get(context), context)
+            mixed = zip_longest(known, [*learnt[1:], *_untried(search, leader, elsewhere, context)])
+            offered = dict.fromkeys([*learnt[:1], *(c for pair in mixed for c in pair)])
+            offers[name][context] = [c for c in offered if c not in (None, baselines.get(context))]
+    room = [end - search.now(), *[(until - search.now()) / FINAL_ROUNDS] * (RIVALS - 1)]
+    seconds = {
+        name: _seconds(search, [(c, context) for context, c in side.items()], load=True)
+        for name, side in {**sides, "baseline": baselines}.items()
+    }
+    spent = seconds["chosen"] + seconds["baseline"] * (chosen != baselines)
+    found: dict[str, dict[int, list[Configuration]]] = {"chosen": {context: [] for context in chosen}}
     for rank in range(RIVALS):
-        for context, offer in offers.items():
-            if rank < len(offer):
-                looks = 1 + (_known(search, offer[rank], context) is None)
-                seconds = looks * _seconds(search, [(chosen[context], context)])
-                if turn + spent + seconds <= room[rank]:
-                    found[context].append(offer[rank])
-                    spent += seconds
+        for name, side in sides.items():
+            if name not in found:
+                if spent + seconds[name] > room[rank]:
+                    continue
+                spent += seconds[name]
+                found[name] = {context: [] for context in side}
+            for context, leader in side.items():
+                for offer in list(offers[name][context]):
+                    looks = 1 + (_known(search, offer, context) is None)
+                    takes = looks * _seconds(search, [(leader, context)])
+                    if spent + takes <= room[rank]:
+                        found[name][context].append(offer)
+                        offers[name][context].remove(offer)
+                        spent += takes
+                        break
     return found
+
+
+def _learnt(search: Search, leader: Configuration, across: Configuration | None, context: int) -> list[Configuration]:
+    """The leader with the settings that lead with the other load group, then with the next depths of the space.
+
+    A draft is carried over unless one of the two is a model.
+    """
+    found = []
+    if across is not None:
+        knobs = ["cache", "prefill_chunk", "launch"]
+        if across.has_draft_model == leader.has_draft_model:
+            knobs += ["depth", "speculation"] + ["draft"] * (not leader.has_draft_model)
+        found.append(leader.replace(**{knob: getattr(across, knob) for knob in knobs}))
+    if leader.depth:
+        depths = sorted(search.space.choices.get("depth", ()))
+        deeper, less = [d for d in depths if d > leader.depth], [d for d in depths if d < leader.depth]
+        found += [leader.replace(depth=depth) for depth in (*deeper[:1], *less[-1:])]
+    return _new(search, found, leader, context)
 
 
 def _untried(
     search: Search, leader: Configuration, elsewhere: list[Configuration], context: int
 ) -> list[Configuration]:
-    """The leader with its cache, its chunks, its launch or all of them stock, and what leads elsewhere; simplest first.
-
-    What was measured, cannot fit or is not in the space is left out.
-    """
+    """The leader with its cache, chunks, launch or all of them stock, and what leads elsewhere; simplest first."""
     stock = {knob: getattr(Configuration(), knob) for knob in ("cache", "prefill_chunk", "launch")}
     changed = {leader.replace(**stock), *(leader.replace(**{knob: word}) for knob, word in stock.items())}
-    legal = [c for c in {*changed, *elsewhere} - {leader} if search.space.parameters(c) is not None]
-    new = [c for c in legal if _known(search, c, context) is None and not search.hopeless(c, context)]
-    return sorted(new, key=lambda c: c.simplicity)
+    return sorted(_new(search, {*changed, *elsewhere}, leader, context), key=lambda c: c.simplicity)
+
+
+def _new(search: Search, offered: Iterable[Configuration], leader: Configuration, context: int) -> list[Configuration]:
+    """What of it was not measured here, can fit and is in the space."""
+    legal = [c for c in dict.fromkeys(offered) if c != leader and search.space.parameters(c) is not None]
+    return [c for c in legal if _known(search, c, context) is None and not search.hopeless(c, context)]
 
 
 def _boundaries(

@@ -38,6 +38,7 @@ class Belief:
     together: float  # of what words do together
     noise: float
     fading: float = 0.4  # share of an effect's variance that is lost over many octaves
+    resident: bool = False  # whether a draft model that is idle has its effect
     observed: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
     shifted: float = 0.0  # by which all may lie above or below what is observed from now on
     rows: list[Floats] = dataclasses.field(default_factory=list)
@@ -100,7 +101,7 @@ class Belief:
         self.observe(at, value, math.sqrt(max(noise - self.noise**2, 0.0)))
 
     def _covariance(self, at: int) -> Floats:
-        alike, near = self.pool.alike(at)
+        alike, near = self.pool.alike(at, self.resident)
         effects = alike @ self.weights + self.together**2 * np.exp(-1.0 * (1 - alike).sum(axis=1))
         common = self.everywhere**2 + self.shifted**2
         return common + self.by_context**2 * near + effects * (1 - self.fading * (1 - near))
@@ -117,7 +118,7 @@ class Pool:
         self.contexts = tuple(contexts)
         self.pairs: list[Pair] = []
         self.index: dict[Pair, int] = {}
-        self._codes: list[list[float]] = []
+        self._codes: list[list[list[float]]] = []
         self._words: dict[Any, int] = {}
 
     def extend(self, configurations: Iterable[Configuration]) -> None:
@@ -126,33 +127,34 @@ class Pool:
                 if (configuration, context) not in self.index:
                     self.index[configuration, context] = len(self.pairs)
                     self.pairs.append((configuration, context))
-                    self._codes.append(self._code(configuration, context))
-        self.codes = np.array(self._codes)
+                    self._codes.append([self._code(configuration, context, resident) for resident in (False, True)])
+        self.codes = np.array(self._codes)  # pairs x (as it decodes, as it is held) x knobs
         self.octave = np.log2([context for _, context in self.pairs])
 
-    def _code(self, configuration: Configuration, context: int) -> list[float]:
-        """A number for each word that has an effect here; a draft model that is idle has none."""
+    def _code(self, configuration: Configuration, context: int, resident: bool) -> list[float]:
+        """A number for each word that has an effect here. One that is idle has none unless it is `resident`."""
         done = configuration.at(context)
-        idle = {"draft": "none", "draft_weights": "none"} if not done.depth else {}
+        idle = {} if done.depth or resident else {"draft": "none", "draft_weights": "none"}
         words = [idle.get(knob, getattr(done, knob)) for knob in _KNOBS]
         codes = [float(self._words.setdefault(word, len(self._words))) for word in words]
         codes[_DEPTH] = configuration.depth
         return codes
 
-    def alike(self, at: int) -> tuple[Floats, Floats]:
+    def alike(self, at: int, resident: bool = False) -> tuple[Floats, Floats]:
         """How alike each pair's words are to one pair's (pairs x knobs, 0 to 1), and its context."""
-        alike = (self.codes == self.codes[at]).astype(float)
-        alike[:, _DEPTH] = np.exp(-np.abs(self.codes[:, _DEPTH] - self.codes[at, _DEPTH]) / _DEPTHS)
+        codes = self.codes[:, int(resident)]
+        alike = (codes == codes[at]).astype(float)
+        alike[:, _DEPTH] = np.exp(-np.abs(codes[:, _DEPTH] - codes[at, _DEPTH]) / _DEPTHS)
         return alike, np.exp(-np.abs(self.octave - self.octave[at]) / _OCTAVES)
 
     def distance(self, configurations: Iterable[Configuration]) -> Floats:
         """In how many knobs each pair differs from the nearest of these; 0 where there are none."""
         least: Floats = None
         for configuration in configurations:
-            codes = np.array([self._code(configuration, context) for context in self.contexts])
+            codes = np.array([self._code(configuration, context, False) for context in self.contexts])
             number = dict(zip(self.contexts, codes, strict=True))
             theirs = np.array([number[context] for _, context in self.pairs])
-            far = (self.codes != theirs).sum(axis=1)
+            far = (self.codes[:, 0] != theirs).sum(axis=1)
             least = far if least is None else np.minimum(least, far)
         return np.zeros(len(self.pairs)) if least is None else least.astype(float)
 
@@ -166,7 +168,7 @@ def rate_belief() -> Belief:
 
 def footprint_belief() -> Belief:
     """Of ln(peak / predicted): by 3 % for all, by 2 % for a word."""
-    return Belief(0.03, 0.0, dict.fromkeys(_KNOBS, 0.02) | {"depth": 0.005}, 0.01, 0.004)
+    return Belief(0.03, 0.0, dict.fromkeys(_KNOBS, 0.02) | {"depth": 0.005}, 0.01, 0.004, resident=True)
 
 
 def sound_belief() -> Belief:

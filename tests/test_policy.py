@@ -30,7 +30,9 @@ from autotune.policy import (
     best_group,
     best_in_group,
     choose,
+    contender,
     expected_of,
+    keeps_up,
     load_of,
     make_policy,
     near,
@@ -41,6 +43,7 @@ from autotune.policy import (
     speedup,
     tied,
     to_configuration,
+    unfinished,
     write_policy,
 )
 from autotune.run import fingerprint
@@ -439,7 +442,8 @@ def test_a_winner_at_one_context_is_kept_where_it_ties_or_loses_and_the_rules_sa
     assert policy is not None
     assert [chosen_at(policy, context) for context in rates] == [FAST] * 3
     assert [rule.tie for rule in policy.rules] == [False, True, False]
-    assert "a tie" in policy.rules[1].note
+    assert policy.rules[1].note.count("a tie") == 1
+    assert tied_with(policy, 1) == [STOCK]
     assert "slower than the baseline" in policy.rules[2].note
 
 
@@ -929,7 +933,8 @@ def test_the_recommended_ties_with_the_fastest_whatever_the_order_of_records_and
         return
     evidence = {r.configuration: [r] for r in records}
     assert ours in ties
-    assert set(tied_with(policy)) == set(ties) - {ours}
+    stocks = speedup(evidence[STOCK], evidence[ties[0]], "end-to-end")
+    assert set(tied_with(policy)) == {*ties, *([STOCK] if stocks[1] <= 1 <= stocks[2] else [])} - {ours}
     gains = {c for c in ties if not compared or speedup(evidence[c], evidence[STOCK], "end-to-end")[1] > 1}
     good = [c for c in ties if c in gains or ties[0] not in gains]
     good = [c for c in good if speedup(evidence[c], evidence[ties[0]], "end-to-end")[0] >= 0.9]
@@ -1028,6 +1033,282 @@ def test_rivals_are_what_the_search_found_near_in_the_same_load() -> None:
     records += [synthetic_record(DEEP.replace(prefill_chunk=512), 512, around(98.5)), *finals({PLAIN: 100.0}, 2048)]
     assert rivals(records, FAST, 512, "end-to-end") == [PLAIN, DEEP]
     assert rivals(records[1:], FAST, 512, "end-to-end") == []  # the search did not measure it
+
+
+# Load groups ---------------------------------------------------------------------------------------------------------
+
+BF16, NF4, FP4, INT4 = (Configuration(weights=word) for word in ("bf16", "bnb-nf4", "bnb-fp4", "quanto-int4"))
+LOOKUP, DEEPER = ({"draft": "prompt-lookup", "depth": depth, "cache": "static"} for depth in (4, 6))
+
+
+def at_both(
+    rates: dict[Configuration, tuple[float, float]], stage: str = "final", spread: float = 0.01
+) -> list[Record]:
+    """A record each at 512 and at 2048 tokens."""
+    return [
+        synthetic_record(c, context, around(rate, spread), stage=stage)
+        for c, both in rates.items()
+        for context, rate in zip((512, 2048), both, strict=True)
+    ]
+
+
+def chosen_of(policy: Policy | None) -> list[Configuration]:
+    assert policy is not None
+    return [policy.configuration(rule) for rule in policy.rules]
+
+
+OURS, THEIRS, DEEPER_BF16 = BF16.replace(**LOOKUP), NF4.replace(**DEEPER), BF16.replace(**DEEPER)
+TWO = Workload((512, 2048))
+
+
+@given(st.permutations([(OURS, (100.0, 50.0)), (THEIRS, (95.0, 49.0)), (NF4, (97.0, 30.0)), (FP4, (80.0, 40.0))]))
+def test_the_contender_is_the_other_load_that_is_near_with_its_best_at_each_context(
+    searched: list[tuple[Configuration, tuple[float, float]]],
+) -> None:
+    records = at_both(dict(searched), "search")
+    assert contender(records, TWO, choose(records, TWO)) == {512: NF4, 2048: THEIRS}  # at 512 as fast, and simpler
+    only = [record for record in records if record.configuration.weights != "bnb-nf4"]
+    assert contender(only, TWO, choose(only, TWO)) == {}  # 0.8 times as fast
+
+
+@pytest.mark.parametrize(
+    ("rates", "picked"),
+    [
+        ({FP4: (100, 100), NF4: (95, 95), INT4: (99, 99), BF16: (92, 92)}, BF16),  # simpler than the chosen
+        ({BF16: (100, 100), NF4: (95, 95), INT4: (99, 99)}, INT4),  # none is simpler: the fastest
+        ({FP4: (100, 100), NF4: (99, 99), BF16: (89, 89)}, NF4),  # one that is simpler is not near
+        ({FP4: (100, 100), NF4: (140, 66)}, NF4),  # of both contexts together it is
+        ({FP4: (100, 100), NF4: (140, 55)}, None),
+    ],
+)
+def test_of_several_contenders_the_simplest_is_taken_if_it_is_simpler_than_the_chosen_else_the_fastest(
+    rates: dict[Configuration, tuple[float, float]], picked: Configuration | None
+) -> None:
+    records = at_both(rates, "search")
+    chosen = choose(records, TWO)
+    assert chosen[512] == next(iter(rates))
+    assert contender(records, TWO, chosen) == ({} if picked is None else {512: picked, 2048: picked})
+
+
+def test_a_contender_serves_every_context_that_the_chosen_serves_and_never_failed_where_it_is_best() -> None:
+    records = at_both({OURS: (100, 50), THEIRS: (99, 49)}, "search")
+    chosen = dict.fromkeys((512, 2048), OURS)
+    assert contender(records, TWO, chosen) == dict.fromkeys((512, 2048), THEIRS)
+    assert contender(records[:-1], TWO, chosen) == {}
+    assert contender(records[:-1], TWO, {512: OURS}) == {512: THEIRS}
+    over = synthetic_record(THEIRS, 2048, around(49), outcome="over_budget")
+    assert contender([*records, over], TWO, chosen) == {}
+    assert contender(records, TWO, {512: OURS, 2048: THEIRS}) == {}  # loads that reloads mix
+    assert contender(records, TWO, {}) == {}
+
+
+def test_a_load_that_is_near_where_it_was_measured_is_to_be_finished() -> None:
+    records = at_both({OURS: (100, 50), THEIRS: (99, 49), NF4: (95, 40)}, "search")
+    group = OURS.load_group
+    assert unfinished(records, TWO, group) is None  # none lacks a context
+    here = [r for r in records if r.configuration == OURS or r.context_tokens == 512]
+    assert unfinished(here, TWO, group) == THEIRS.load_group
+    slow = [r for r in records if r.configuration != THEIRS]
+    assert unfinished([r for r in slow if (r.configuration, r.context_tokens) != (NF4, 512)], TWO, group) is None
+
+
+def test_a_contender_is_near_by_the_mix_of_requests() -> None:
+    records = at_both({OURS: (100, 100), THEIRS: (200, 60)}, "search")
+    chosen = dict.fromkeys((512, 2048), OURS)
+    for mix, near_by in (((), True), ((0.5, 0.5), True), ((0.1, 0.9), False)):
+        assert bool(contender(records, Workload((512, 2048), mix), chosen)) == near_by
+
+
+def test_a_load_is_as_simple_as_its_knobs_with_all_else_stock() -> None:
+    loads = [BF16, NF4, FP4, INT4, BF16.replace(lm_head="nf4"), NF4.replace(attention="eager"), FAST]
+    loads = [*loads, BF16.replace(draft="prompt-lookup", depth=4)]
+    ordered = sorted({load.load_group for load in loads}, key=lambda group: group.simplicity)
+    words = ["bf16", "bnb-nf4", "bnb-fp4", "quanto-int4"]  # stock but for the weights, then with more that differs
+    assert [group.weights for group in ordered] == [*words, "bf16", "bnb-nf4", "quanto-int4"]
+
+
+def test_the_contender_is_loaded_where_the_finals_find_it_faster_over_all_contexts() -> None:
+    chosen, stock = dict.fromkeys((512, 2048), OURS), dict.fromkeys((512, 2048), BF16)
+    rates = {OURS: (98.0, 50.0), THEIRS: (97.0, 60.0), BF16: (40.0, 20.0)}
+    policy = policy_of(at_both(rates), chosen, stock)
+    assert chosen_of(policy) == [THEIRS] * 2
+    assert policy is not None
+    assert {rule.load for rule in policy.rules} == {None}
+    assert policy.load == load_of(THEIRS)
+    assert tied_with(policy) == [OURS]  # at 512 they tie, at 2048 it is slower
+    assert tied_with(policy, 1) == []
+    assert "simpler load stands" not in policy.rules[0].note
+    with_reloads = policy_of(at_both(rates), chosen, stock, reloads=True)
+    assert chosen_of(with_reloads) == [OURS] * 2
+    assert tied_with(with_reloads) == []
+
+
+def test_of_loads_that_tie_the_simpler_stands_whichever_led_the_search_and_the_policy_says_so() -> None:
+    records = at_both({OURS: (100.0, 50.0), THEIRS: (101.0, 50.5), BF16: (40.0, 20.0)})
+    stock = dict.fromkeys((512, 2048), BF16)
+    policies = [policy_of(records, dict.fromkeys((512, 2048), led), stock) for led in (OURS, THEIRS)]
+    assert policies[0] == policies[1]
+    policy = policies[0]
+    assert chosen_of(policy) == [OURS] * 2
+    assert policy is not None
+    assert [tied_with(policy, at) for at in (0, 1)] == [[THEIRS]] * 2
+    for rule in policy.rules:
+        (tie,) = rule.ties
+        assert (tie.load, tie.stage, tie.gain) == (load_of(THEIRS), "final", pytest.approx(1.01))
+        assert "a tie with weights=bnb-nf4, depth=6 (1.01 times as fast)" in rule.note
+    whole = (
+        "; over all contexts, loading weights=bnb-nf4 instead ties (1.01 times as fast), and the simpler load stands"
+    )
+    assert [whole in rule.note for rule in policy.rules] == [True, False]
+    assert whole in " ".join(printed(policy).split())
+
+
+def test_a_simpler_load_that_is_surely_slower_or_far_below_does_not_stand() -> None:
+    stock = dict.fromkeys((512, 2048), BF16.replace(cache="quantized-8"))
+    chosen = dict.fromkeys((512, 2048), THEIRS)
+    surely = at_both({OURS: (97.0, 48.5), THEIRS: (100.0, 50.0)}, spread=0.005)
+    assert chosen_of(policy_of(surely, chosen, {})) == [THEIRS] * 2
+    noisy = at_both({OURS: (88.0, 44.0), THEIRS: (100.0, 50.0)}, spread=0.3)
+    assert chosen_of(policy_of(noisy, chosen, {})) == [THEIRS] * 2
+    near_by = at_both({OURS: (91.0, 46.0), THEIRS: (100.0, 50.0)}, spread=0.3)
+    assert chosen_of(policy_of(near_by, chosen, {})) == [OURS] * 2
+    gaining = policy_of(at_both({OURS: (101.5, 50.0), THEIRS: (103.0, 50.0), stock[512]: (100.0, 50.0)}), chosen, stock)
+    assert chosen_of(gaining) == [THEIRS] * 2  # which alone is faster than the baseline
+    assert gaining is not None
+    assert "simpler load" not in gaining.rules[0].note
+
+
+def test_the_errors_of_contexts_are_combined_when_loads_are_compared() -> None:
+    """At each context a difference of 2 % is within error, at all four together it is not."""
+    contexts = (512, 1024, 2048, 4096)
+    records = [r for c in contexts for r in finals({OURS: 98.0, THEIRS: 100.0}, c)]
+    for few, stands in ((contexts[:1], OURS), (contexts, THEIRS)):
+        policy = policy_of(records, dict.fromkeys(few, THEIRS), {})
+        assert chosen_of(policy) == [stands] * len(few)
+        assert tied_with(policy) == [OURS if stands == THEIRS else THEIRS]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([OURS, THEIRS, FP4.replace(**DEEPER), BF16, INT4]),
+        st.tuples(*[st.sampled_from([98.0, 100.0]) | st.floats(80, 110)] * 2),
+        min_size=1,
+    ),
+    st.sampled_from([(), (0.7, 0.3)]),
+    st.floats(0.002, 0.1),
+    st.randoms(use_true_random=False),
+)
+def test_the_load_does_not_depend_on_the_order_of_records_nor_on_who_led_and_is_surely_slower_than_none(
+    rates: dict[Configuration, tuple[float, float]], mix: tuple[float, ...], spread: float, order: random.Random
+) -> None:
+    records = at_both(rates, spread=spread)
+    led = order.choice(list(rates))
+    policy = policy_of(records, dict.fromkeys((512, 2048), led), {}, mix=mix)
+    order.shuffle(records)
+    again = dict.fromkeys((512, 2048), order.choice(list(rates)))
+    assert policy_of(records, again, {}, mix=mix) == policy
+    ours = chosen_of(policy)
+    assert len({c.load_group for c in ours}) == 1
+    if len(rates) == 2 and not mix and len({c.load_group for c in rates}) == 2:
+        (other,) = {c for c in rates if c.load_group != ours[0].load_group}
+        lows = []
+        for context, mine in zip((512, 2048), ours, strict=True):
+            a, b = ([r for r in records if (r.configuration, r.context_tokens) == (c, context)] for c in (other, mine))
+            lows.append(speedup(a, b, "end-to-end")[1])
+        assert math.prod(lows) <= 1
+
+
+def test_with_a_mix_the_errors_of_loads_count_as_the_requests_do() -> None:
+    records = [r for c, spread in ((512, 0.01), (2048, 0.2)) for r in finals({OURS: 97.0, THEIRS: 100.0}, c, spread)]
+    for mix, stands in (((), OURS), ((0.99, 0.01), THEIRS)):
+        assert chosen_of(policy_of(records, dict.fromkeys((512, 2048), THEIRS), {}, mix=mix)) == [stands] * 2
+
+
+def test_noise_in_a_final_of_the_chosen_makes_room_neither_for_the_baseline_of_its_load_nor_for_another_load() -> None:
+    searched = at_both({OURS: (100.0, 50.0), THEIRS: (95.0, 48.0), BF16: (40.0, 20.0)}, "search")
+    noisy = [*finals({OURS: 100.0}), synthetic_record(OURS, 2048, around(45, 0.2), outcome="unstable", stage="final")]
+    records = [*searched, *noisy, *at_both({BF16: (40.0, 20.0), THEIRS: (95.0, 48.0)})]
+    chosen, stock = dict.fromkeys((512, 2048), OURS), dict.fromkeys((512, 2048), BF16)
+    assert chosen_of(policy_of(records, chosen, stock)) == [OURS] * 2
+    rival = [*records, *finals({OURS.replace(cache="dynamic"): 49.0}, 2048)]
+    assert chosen_of(policy_of(rival, chosen, stock)) == [OURS, OURS.replace(cache="dynamic")]
+    crashed = [*records, Record(OURS, 2048, "crashed", stage="final"), synthetic_record(DEEPER_BF16, 2048, around(49))]
+    assert chosen_of(policy_of(crashed, chosen, stock)) == [THEIRS] * 2
+    without = [r for r in crashed if r.configuration != THEIRS] + at_both({INT4: (60.0, 25.0)})
+    assert chosen_of(policy_of(without, chosen, stock)) == [OURS, DEEPER_BF16]
+
+
+def test_a_load_that_lacks_a_final_at_a_context_takes_no_part() -> None:
+    chosen, stock = dict.fromkeys((512, 2048), OURS), dict.fromkeys((512, 2048), BF16)
+    records = at_both({OURS: (100.0, 50.0), BF16: (40.0, 20.0), THEIRS: (200.0, 100.0)})
+    assert chosen_of(policy_of(records, chosen, stock)) == [THEIRS] * 2
+    lacking = policy_of(at_both({OURS: (100.0, 50.0), BF16: (40.0, 20.0), THEIRS: (100.0, 50.0)})[:-1], chosen, stock)
+    assert chosen_of(policy_of(records[:-1], chosen, stock)) == [OURS] * 2
+    assert lacking is not None
+    assert (tied_with(lacking), tied_with(lacking, 1)) == ([THEIRS], [])
+    assert "simpler load stands" not in lacking.rules[0].note
+    failed = [*records, Record(THEIRS, 2048, "wrong_output", stage="final")]
+    assert chosen_of(policy_of(failed, chosen, stock)) == [OURS] * 2
+
+
+def test_where_the_chosen_failed_when_it_was_measured_again_a_contender_that_gains_takes_its_place() -> None:
+    chosen, stock = dict.fromkeys((512, 2048), THEIRS), dict.fromkeys((512, 2048), BF16)
+    records = at_both({THEIRS: (100.0, 50.0), NF4: (90.0, 45.0), INT4: (95.0, 47.0)}, "search")
+    records += [
+        synthetic_record(THEIRS, 512, around(100), stage="final"),
+        Record(THEIRS, 2048, "crashed", stage="final"),
+    ]
+    records += at_both({BF16: (40.0, 20.0)})
+    assert chosen_of(policy_of(records, chosen, stock)) == [THEIRS, NF4]
+    assert chosen_of(policy_of([*records, *at_both({INT4: (95.0, 47.0)})], chosen, stock)) == [INT4] * 2
+    assert chosen_of(policy_of([*records, *at_both({INT4: (40.0, 20.0)})], chosen, stock)) == [THEIRS, NF4]
+
+
+def test_where_no_load_is_faster_than_the_baseline_it_stands_and_a_load_that_gains_somewhere_is_kept() -> None:
+    stock = dict.fromkeys((512, 2048), NF4)
+    rates = {OURS: (101.0, 50.0), THEIRS: (99.0, 50.5), INT4: (100.0, 50.5), NF4: (100.0, 50.0)}
+    kept = policy_of(at_both(rates), dict.fromkeys((512, 2048), OURS), stock)
+    assert chosen_of(kept) == [NF4] * 2
+    assert kept is not None
+    assert "simpler load stands" not in kept.rules[0].note
+    somewhere = policy_of(at_both(rates | {THEIRS: (110.0, 46.0)}), dict.fromkeys((512, 2048), THEIRS), stock)
+    assert chosen_of(somewhere) == [THEIRS, NF4]
+
+
+def test_a_boundary_of_the_load_that_gave_way_is_no_rule() -> None:
+    records = at_both({OURS: (100.0, 50.0), THEIRS: (101.0, 50.5), NF4: (10.0, 5.0)})
+    reach = [synthetic_record(c, 1280, around(80), stage="boundary") for c in (OURS, THEIRS)]
+    for between, ends in ((OURS, [512, 1280, 2048]), (THEIRS, [512, 2048])):
+        chosen = {512: THEIRS, 1280: between, 2048: THEIRS}
+        policy = policy_of([*records, *reach], chosen, {}, contexts=(512, 2048))
+        assert policy is not None
+        assert [rule.max_context_tokens for rule in policy.rules] == ends
+        assert {c.load_group for c in chosen_of(policy)} == {OURS.load_group}
+
+
+def test_what_was_fastest_alone_is_told_by_the_finals_where_it_was_measured_again() -> None:
+    looks = at_both({OURS: (100.0, 50.0), THEIRS: (130.0, 40.0)}, "search")
+    policy = policy_of([*looks, *at_both({OURS: (100.0, 50.0), THEIRS: (120.0, 39.0)})], {512: OURS, 2048: OURS}, {})
+    assert policy is not None
+    assert policy.rules[0].unrestricted is not None
+    assert policy.rules[0].unrestricted.gain == pytest.approx(1.3)
+    assert "alone, weights=bnb-nf4, depth=6 would be 1.20 times as fast" in policy.rules[0].note
+    assert "not measured again" not in policy.rules[0].note
+    tied_now = policy_of([*looks, *at_both({OURS: (100.0, 50.0), THEIRS: (101.0, 39.0)})], {512: OURS, 2048: OURS}, {})
+    assert tied_now is not None
+    assert "alone" not in tied_now.rules[0].note
+
+
+def test_a_side_keeps_up_until_the_finals_of_all_contexts_show_that_it_is_slower() -> None:
+    ours, theirs = dict.fromkeys((512, 2048), OURS), dict.fromkeys((512, 2048), THEIRS)
+    cases = {(99.0, 49.5): True, (120.0, 41.4): True, (95.0, 47.0): False, (200.0, 60.0): True}
+    for rates, keeping in cases.items():
+        assert keeps_up(at_both({OURS: rates, THEIRS: (100.0, 50.0)}), ours, theirs, TWO) == keeping
+    assert not keeps_up(at_both({OURS: (88.0, 44.0), THEIRS: (100.0, 50.0)}, spread=0.3), ours, theirs, TWO)
+    records = at_both({OURS: (99.0, 49.0), THEIRS: (100.0, 50.0)})
+    assert not keeps_up([*records, Record(OURS, 512, "crashed", stage="final")], ours, theirs, TWO)
+    assert keeps_up([*records[1:], Record(OURS, 512, "unstable", stage="final")], ours, theirs, TWO)
+    assert keeps_up([*records, Record(THEIRS, 512, "crashed", stage="final")], ours, theirs, TWO)
 
 
 def test_a_tie_with_a_draft_model_that_its_load_lacks_is_refused(tmp_path: Path) -> None:

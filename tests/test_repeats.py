@@ -47,6 +47,14 @@ def test_a_choice_agrees_by_itself_or_by_a_tie_that_either_side_declares() -> No
     assert repeats.judge(both, 64)["agree"] == 3
 
 
+def test_a_tie_of_another_load_agrees_too() -> None:
+    other, tied = chose("static"), chose("static", ties=("static",))
+    other.load.weights = "bnb-nf4"
+    assert repeats.judge([chose("static"), other], 64)["agree"] == 1
+    tied.rules[0].ties[0].load.weights = "bnb-nf4"
+    assert repeats.judge([tied, other], 64)["agree"] == 2
+
+
 def test_what_agrees_with_neither_and_what_made_no_policy_are_counted_against_it() -> None:
     row = repeats.judge([chose("static"), chose("static"), chose("dynamic", ties=("quantized-8",)), None], 64)
     assert (row["repeats"], row["same"], row["agree"]) == (4, 2, 2)

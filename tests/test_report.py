@@ -437,6 +437,10 @@ def test_a_tie_goes_to_the_simpler_and_says_so(page: Callable[[RunData], _Page])
     assert "a tie within error: +1.0 % (-" in said
     assert said.endswith("; the chosen is simpler.")
     assert "simpler" not in fact(page(why(synthetic(fewer, 101))), "Runner-up")
+    loaded = synthetic(BASELINE.replace(weights="quanto-int4"), 101)  # simpler as it stands, but not what it loads
+    assert fact(page(why(loaded)), "Runner-up").endswith("; the chosen load is simpler.")
+    simpler = synthetic(BASELINE.replace(weights="bf16", cache="static", prefill_chunk=64), 101)
+    assert "simpler" not in fact(page(why(simpler)), "Runner-up")
 
 
 def test_chunks_that_the_prompts_fit_are_the_chosen_and_no_runner_up(page: Callable[[RunData], _Page]) -> None:

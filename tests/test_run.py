@@ -29,7 +29,7 @@ from autotune import run, trial
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.demo import TARGET
 from autotune.plan import read_shape
-from autotune.policy import Policy, read_policy, schema
+from autotune.policy import Policy, read_policy, schema, settle
 from autotune.results import frame, read_records
 from autotune.space import Space, read_space
 from autotune.study import Search, Studies
@@ -526,6 +526,25 @@ def test_what_is_stock_at_the_longest_context_is_measured_at_the_others_for_they
     assert set(chosen) == {LOW, HIGH}
 
 
+@pytest.mark.parametrize(("rate", "reloads"), [(98.0, False), (98.0, True), (80.0, False)])
+def test_a_load_near_the_best_is_measured_at_the_contexts_that_it_lacks(
+    tmp_path: Path, rate: float, reloads: bool
+) -> None:
+    fast, other = Configuration(weights="quanto-int4"), Configuration(weights="bnb-nf4")
+
+    def measure(configuration: Configuration, context: int, stage: str) -> Record:
+        rates = (100.0,) * 3 if configuration == fast else (rate,) * 3
+        return synthetic_record(configuration, context, rates, stage=stage)
+
+    studies = Studies(f"sqlite:///{tmp_path / 'study.db'}", "run", {}, (LOW, HIGH), 0)
+    workload, space = Workload(contexts=(LOW, HIGH)), Space({"cache": ("static", "dynamic")})
+    search = Search(space, workload, Budget(10**9), studies, measure, lambda c, context: "", time.monotonic() + 60)
+    for configuration, context in ((fast, LOW), (fast, HIGH), (other, LOW)):
+        search.measured(configuration, context)
+    run._finalists(search, [], reloads)
+    assert ((other, HIGH) in search.known) == (rate > 90 and not reloads)
+
+
 @given(st.sets(st.integers(1, 10**5), min_size=1, max_size=5))
 def test_inputs_are_cut_for_every_length_that_a_boundary_may_have(contexts: set[int]) -> None:
     lengths = run._lengths(contexts)
@@ -622,6 +641,11 @@ CHUNKS, WHOLE = LEADER.replace(cache="dynamic"), LEADER.replace(prefill_chunk=0)
 PLAIN = LEADER.replace(cache="dynamic", prefill_chunk=0)
 NAMES = {LEADER: "leader", STOCK: "stock", RIVAL: "rival", FAR: "far", CHUNKS: "chunks", WHOLE: "whole", PLAIN: "plain"}
 RATES = {LEADER: 100.0, STOCK: 50.0, RIVAL: 98.5, FAR: 70.0, CHUNKS: 98.0, WHOLE: 99.0, PLAIN: 60.0}
+DRAFTED = LEADER.replace(draft="prompt-lookup", depth=4)  # what the contender does, with the chosen load
+CONTENDER = DRAFTED.replace(weights="quanto-int8")
+ALONE, DEEPER, LESS = CONTENDER.replace(draft="none"), CONTENDER.replace(depth=6), CONTENDER.replace(depth=2)
+NAMES |= {DRAFTED: "drafted", CONTENDER: "contender", ALONE: "alone", DEEPER: "deeper", LESS: "less"}
+RATES |= {DRAFTED: 60.0, CONTENDER: 99.0, ALONE: 60.0, DEEPER: 99.5, LESS: 60.0}
 
 
 class Finals:
@@ -634,6 +658,7 @@ class Finals:
         *,
         end: float = 0.0,
         contexts: tuple[int, ...] = (512,),
+        looks: dict[Configuration, float] | None = None,
         again: dict[Configuration, float] | None = None,
         chosen: Configuration = LEADER,
         stock: Configuration = STOCK,
@@ -641,21 +666,25 @@ class Finals:
         caches: tuple[str, ...] = ("dynamic", "static", "quantized-8"),
         fits: Callable[[Configuration, int], str] = lambda configuration, context: "",
         failing: Configuration | None = None,
+        reloads: bool = False,
     ):
+        self.url = f"sqlite:///{folder / 'study.db'}"
         self.calls: list[tuple[str, int, str]] = []
         self.now, self.watch, self.trials = 0.0, Quiet(), Mock()
-        rates = RATES | (again or {})
+        searched = RATES | (looks or {})
+        rates = searched | (again or {})
 
         def measure(configuration: Configuration, context: int, stage: str) -> Record:
-            self.calls.append((NAMES[configuration], context, stage))
+            self.calls.append((NAMES.get(configuration, "another"), context, stage))
             self.now += 10
-            rate = (rates if stage == "final" else RATES)[configuration]
+            rate = (rates if stage == "final" else searched).get(configuration, 10.0)
             outcome = "wrong_output" if stage == "final" and configuration == failing else "ok"
             figures: dict[str, Any] = {"measure_s": 10 / 1.1, "load_s": 0.0, "stage": stage, "outcome": outcome}
             return synthetic_record(configuration, context, (rate * 0.99, rate, rate * 1.01), **figures)
 
-        space = Space({"weights": ("bf16", "bnb-nf4"), "cache": caches, "prefill_chunk": (0, 256)})
-        studies = Studies(f"sqlite:///{folder / 'study.db'}", "run", {}, contexts, 0)
+        words = {"weights": ("bf16", "bnb-nf4", "quanto-int8"), "draft": ("none", "prompt-lookup"), "depth": (2, 4, 6)}
+        space = Space({**words, "cache": caches, "prefill_chunk": (0, 256)})
+        studies = Studies(self.url, "run", {}, contexts, 0)
         workload = Workload(contexts=contexts)
         self.search = Search(space, workload, Budget(10**9), studies, measure, fits, 0.0, now=lambda: self.now)
         for context in contexts:
@@ -663,13 +692,18 @@ class Finals:
                 self.search.measured(configuration, context, "baseline" if configuration == stock else "search")
         self.calls.clear()
         self.now = 0.0
-        sides = dict.fromkeys(contexts, chosen), dict.fromkeys(contexts, stock)
-        run._finals(self.search, self.trials, *sides, self.watch, until, max(end, until))  # type: ignore[arg-type] # a watch
+        self.sides = dict.fromkeys(contexts, chosen), dict.fromkeys(contexts, stock)
+        trials: Any = self.trials
+        run._finals(self.search, trials, *self.sides, self.watch, until, max(end, until), reloads)
 
     @property
     def names(self) -> list[str]:
         """What was measured, a look with a question mark."""
         return [name + "?" * (stage == "search") for name, _, stage in self.calls]
+
+    @property
+    def settled(self) -> dict[int, Configuration]:
+        return settle(read_records(self.url, "run"), *self.sides, self.search.workload)
 
 
 FIRST = ["leader", "rival", "plain?", "chunks?", "chunks", "stock"]
@@ -753,15 +787,15 @@ def test_what_leads_at_another_context_is_tried_here_too(tmp_path: Path) -> None
     for configuration, context in ((FAR, 512), (LEADER, 1024), (FAR, 1024)):
         rate = RATES[configuration]
         search.known[configuration, context] = synthetic_record(configuration, context, (0.99 * rate, rate))
-    found = run._rivals(search, {512: FAR, 1024: LEADER}, {}, 1e6, 1e6)
+    found = run._rivals(search, {512: FAR, 1024: LEADER}, {}, {}, 1e6, 1e6)["chosen"]
     assert [NAMES[c] for c in found[512]] == ["plain", "leader"]
     assert [NAMES[c] for c in found[1024]] == ["plain", "chunks", "whole"]  # FAR was measured there, and is not near
-    reloading = run._rivals(search, {512: FAR, 1024: STOCK}, {}, 1e6, 1e6)
+    reloading = run._rivals(search, {512: FAR, 1024: STOCK}, {}, {}, 1e6, 1e6)["chosen"]
     assert [NAMES[c] for c in reloading[512]] == ["plain"]
 
 
 def test_a_baseline_that_was_chosen_is_measured_once_a_turn(tmp_path: Path) -> None:
-    assert Finals(tmp_path, 1000.0, chosen=STOCK).names == ["stock"] * 2
+    assert Finals(tmp_path, 1000.0, chosen=STOCK, known=(STOCK,)).names == ["stock"] * 2
 
 
 @pytest.mark.parametrize(("until", "turns"), [(39.9, 1), (40.0, 2)])
@@ -770,6 +804,125 @@ def test_finals_end_where_another_turn_would_take_more_than_the_time(tmp_path: P
     assert finals.names == ["leader", "stock"] * turns
     assert finals.now <= max(until, 20.0)
     assert bool(finals.watch.notes) == (turns == 1)
+
+
+BOTH = (LEADER, RIVAL, STOCK, CONTENDER)
+BESIDE = ["contender", "alone?", "deeper?", "deeper", "less?"]
+
+
+def test_a_contender_is_measured_between_chosen_and_baseline_and_each_load_tries_what_the_other_has_learnt(
+    tmp_path: Path,
+) -> None:
+    finals = Finals(tmp_path, 1000.0, known=BOTH)
+    first = ["leader", "drafted?", "rival", "plain?", *BESIDE, "stock"]
+    assert finals.names == [*first, "leader", "rival", "contender", "deeper", "stock"]
+    assert finals.trials.close.call_count == 6
+    assert finals.settled == {512: LEADER}  # a tie, and the simpler load
+    assert finals.watch.notes == []
+
+
+@pytest.mark.parametrize("slower", [{CONTENDER: 95.0, DEEPER: 95.0}, {CONTENDER: 60.0, DEEPER: 60.0}])
+def test_a_contender_that_is_slower_when_it_is_measured_again_is_not_in_the_next_turn(
+    tmp_path: Path, slower: dict[Configuration, float]
+) -> None:
+    finals = Finals(tmp_path, 1000.0, known=BOTH, again=slower)
+    assert finals.names[-3:] == ["leader", "rival", "stock"]
+    assert finals.names.count("contender") == 1
+    assert finals.settled == {512: LEADER}
+
+
+def test_a_contender_that_is_faster_in_the_finals_is_what_is_loaded(tmp_path: Path) -> None:
+    finals = Finals(tmp_path, 1000.0, known=BOTH, again={CONTENDER: 120.0, DEEPER: 90.0})
+    assert finals.settled == {512: CONTENDER}
+
+
+def test_what_the_contender_does_is_tried_with_the_chosen_load_and_wins_where_it_is_faster(tmp_path: Path) -> None:
+    finals = Finals(tmp_path, 1000.0, known=BOTH, looks={DRAFTED: 150.0})
+    assert finals.names[:3] == ["leader", "drafted?", "drafted"]
+    assert finals.names.count("drafted") == 2
+    assert finals.settled == {512: DRAFTED}
+
+
+def test_a_depth_next_to_the_leaders_is_looked_at_and_wins_where_it_is_faster(tmp_path: Path) -> None:
+    finals = Finals(tmp_path, 1000.0, chosen=CONTENDER, known=(CONTENDER, STOCK), looks={DEEPER: 150.0})
+    assert finals.names[:4] == ["contender", "deeper?", "deeper", "less?"]
+    assert finals.settled == {512: DEEPER}
+
+
+# a turn of chosen and baseline is expected to take 32 s, of the contender 16 s more, a rival that is new 20 s
+@pytest.mark.parametrize(
+    ("until", "end", "names"),
+    [
+        (0.0, 57.9, ["leader", "drafted?", "stock"]),
+        (0.0, 51.9, ["leader", "rival", "stock"]),
+        (0.0, 68.0, ["leader", "drafted?", "contender", "stock"]),
+        (69.9, 0.0, ["leader", "drafted?", "contender", "stock"]),
+        (70.0, 0.0, ["leader", "drafted?", "contender", "stock", "leader", "stock"]),
+        (79.9, 0.0, ["leader", "drafted?", "contender", "stock", "leader", "stock"]),
+        (80.0, 0.0, ["leader", "drafted?", "contender", "stock", "leader", "contender", "stock"]),
+        (88.0, 0.0, ["leader", "drafted?", "contender", "alone?", "stock", "leader", "stock"]),
+    ],
+)
+def test_a_contender_comes_after_one_rival_each_and_leaves_chosen_and_baseline_their_second_turn(
+    tmp_path: Path, until: float, end: float, names: list[str]
+) -> None:
+    finals = Finals(tmp_path, until, end=end, known=BOTH)
+    assert finals.names == names
+    assert bool(finals.watch.notes) == (names.count("leader") == 1)
+
+
+def test_with_reloads_or_without_another_load_that_is_near_there_is_no_contender(tmp_path: Path) -> None:
+    finals = Finals(tmp_path, 1000.0, known=BOTH, reloads=True)
+    assert finals.names == [*FIRST, "leader", "rival", "chunks", "stock"]
+    (tmp_path / "study.db").unlink()
+    slower = Finals(tmp_path, 1000.0, known=BOTH, looks={CONTENDER: 89.0})
+    assert slower.names == [*FIRST, "leader", "rival", "chunks", "stock"]
+
+
+def test_a_contender_is_measured_at_every_context_after_the_chosen_has_a_rival_at_each(tmp_path: Path) -> None:
+    finals = Finals(tmp_path, 0.0, end=118.0, contexts=(512, 1024), known=BOTH)
+    beside, sides = ["drafted", "drafted"], ["leader", "contender", "stock"]
+    measured = [call for call in finals.calls if call[0] in sides]
+    assert measured == [(name, context, "final") for name in sides for context in (512, 1024)]
+    assert [name for name, *_ in finals.calls if name not in sides] == beside
+    (tmp_path / "study.db").unlink()
+    assert "contender" not in Finals(tmp_path, 0.0, end=117.9, contexts=(512, 1024), known=BOTH).names
+
+
+@pytest.mark.parametrize(
+    ("leader", "across", "offered"),
+    [
+        (LEADER, CONTENDER, [DRAFTED]),
+        (DRAFTED, CONTENDER, [DRAFTED.replace(depth=6), DRAFTED.replace(depth=2)]),
+        (DRAFTED, None, [DRAFTED.replace(depth=6), DRAFTED.replace(depth=2)]),
+        (DRAFTED.replace(depth=6), CONTENDER, [DRAFTED]),  # the other's is also the next
+        (DRAFTED, ALONE.replace(cache="dynamic"), [CHUNKS, DRAFTED.replace(depth=6), DRAFTED.replace(depth=2)]),
+        (LEADER, CONTENDER.replace(draft="/models/draft"), []),  # a draft model is a load of its own
+        (LEADER, CONTENDER.replace(draft="/models/draft", cache="dynamic"), [CHUNKS]),
+    ],
+)
+def test_settings_are_carried_over_to_the_other_load_and_then_depths_go_one_up_and_one_down(
+    tmp_path: Path, leader: Configuration, across: Configuration | None, offered: list[Configuration]
+) -> None:
+    search = Finals(tmp_path, 0.0, known=(LEADER, STOCK)).search
+    assert run._learnt(search, leader, across, 512) == offered
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "reloads", "expected"),
+    [
+        (10_000.0, False, 2 * (48 + 3 * 10)),  # two turns of 48 s with three rivals each
+        (10_000.0, True, 2 * (32 + 3 * 10)),
+        (160.0, False, 58.0),  # one turn with one rival takes more than a third
+        (110.0, False, 58.0),
+    ],
+)
+def test_the_search_leaves_the_finals_time_for_a_contender(
+    tmp_path: Path, timeout_s: float, reloads: bool, expected: float
+) -> None:
+    finals = Finals(tmp_path, 0.0, known=(LEADER, STOCK, CONTENDER))
+    request: Any = SimpleNamespace(timeout_s=timeout_s, reloads=reloads)
+    assert run._reserve(finals.search, request, 5.0) == pytest.approx(min(expected + 10 / 1.1, 0.4 * timeout_s))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,9 @@ def test_the_search_is_the_same_by_seed_keeps_its_time_and_finds_the_optimum(syn
     assert min(figures["scores"].values()) > 0.9
     assert figures["infeasible_recommendations"] == 0
     assert {record.stage for record in replay.records} == {"baseline", "search"}
-    assert len({(record.configuration, record.context_tokens) for record in replay.records}) == len(replay.records)
+    looks = Counter((record.configuration, record.context_tokens) for record in replay.records)
+    assert max(looks.values()) <= 3
+    assert sum(looks.values()) - len(looks) <= 0.1 * len(looks)  # second looks are few
 
 
 def test_an_earlier_run_under_another_budget_makes_a_search_quicker(synthetic: regret.Sweep, tmp_path: Path) -> None:

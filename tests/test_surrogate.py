@@ -11,7 +11,7 @@ import pytest
 
 from autotune.config import Configuration
 from autotune.space import read_space
-from autotune.surrogate import Belief, Pool, below, improvement, rate_belief
+from autotune.surrogate import Belief, Pool, below, footprint_belief, improvement, rate_belief
 
 CONTEXTS = (128, 2048)
 SPACE = read_space("default")
@@ -88,6 +88,10 @@ def test_a_draft_model_that_is_idle_is_as_none() -> None:
     assert belief.mean[idle] == pytest.approx(belief.mean[none])
     assert belief.mean[drafted] < belief.mean[idle]
     assert belief.deviation[drafted] > belief.deviation[idle]
+    held = footprint_belief()
+    held.reset(pool, np.zeros(len(pool.pairs)))
+    held.observe(drafted, 0.1)
+    assert held.mean[idle] > held.mean[none]  # it takes memory all the same
 
 
 @pytest.mark.parametrize("least", [-1.0, 0.2, 1.5])
