@@ -44,7 +44,8 @@ from .space import Space
 from .study import Search, Studies, also, complete, importances
 from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
-COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
+COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate,
+COMPLETING_SHARE = 0.1  # of --timeout, the most that it takes
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
 FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with contender and rivals takes no more
 RIVALS = 3  # per context, the most that are measured again beside the chosen
@@ -95,7 +96,8 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             watch.note(_dropped(space))
             search.run()
             watch.note(_coverage(search) + _ended(request, info, search))
-            chosen, baselines = _finalists(search, candidates, request.reloads)
+            completing_s = min(COMPLETING_S, COMPLETING_SHARE * request.timeout_s)
+            chosen, baselines = _finalists(search, candidates, request.reloads, completing_s)
             end = request.started + request.timeout_s
             until = min(end, search.now() + FINAL_SHARE * request.timeout_s)
             _finals(search, trials, chosen, baselines, watch, until, end, request.reloads)
@@ -579,12 +581,12 @@ def _dropped(space: Space) -> str:
 
 
 def _finalists(
-    search: Search, candidates: list[Configuration], reloads: bool
+    search: Search, candidates: list[Configuration], reloads: bool, completing_s: float
 ) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
     """The chosen configurations, every context of the best load group and of a near one measured, and the baselines."""
     group = best_group(search.known.values(), search.workload)
     if group is not None:
-        search.deadline += COMPLETING_S
+        search.deadline += completing_s
         complete(search, group)
         known, workload = list(search.known.values()), search.workload
         if not reloads and not contender(known, workload, choose(known, workload)):

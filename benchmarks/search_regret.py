@@ -345,7 +345,8 @@ def search(
     header = sweep.header | run_info(sweep)
     searching = run._search(request, sweep.space, sweep.shapes, studies, trials, header, Quiet())
     searching.now = lambda: replay.now
-    searching.deadline = limit_s - min(run.COMPLETING_S, limit_s / 10)
+    completing_s = min(run.COMPLETING_S, run.COMPLETING_SHARE * limit_s)
+    searching.deadline = limit_s - completing_s
     fits, on_record = searching.fits, searching.on_record
 
     def held(configuration: Configuration, context: int) -> str:
@@ -361,7 +362,7 @@ def search(
     try:
         searching.baseline(stock, sure=run._SURE)
         searching.run()
-        run._finalists(searching, stock, False)
+        run._finalists(searching, stock, False, completing_s)
     except OutOfTime:
         pass
     return run._choice(searching, stock, False)[0], replay

@@ -520,7 +520,7 @@ def test_what_is_stock_at_the_longest_context_is_measured_at_the_others_for_they
     search.baseline([large, small])
     for context in (LOW, HIGH):
         search.measured(fast, context)
-    chosen, baselines = run._finalists(search, [large, small], reloads)
+    chosen, baselines = run._finalists(search, [large, small], reloads, 60)
     assert baselines == {LOW: large, HIGH: small}
     assert ((small, LOW) in search.known) == (not reloads)
     assert set(chosen) == {LOW, HIGH}
@@ -541,7 +541,7 @@ def test_a_load_near_the_best_is_measured_at_the_contexts_that_it_lacks(
     search = Search(space, workload, Budget(10**9), studies, measure, lambda c, context: "", time.monotonic() + 60)
     for configuration, context in ((fast, LOW), (fast, HIGH), (other, LOW)):
         search.measured(configuration, context)
-    run._finalists(search, [], reloads)
+    run._finalists(search, [], reloads, 60)
     assert ((other, HIGH) in search.known) == (rate > 90 and not reloads)
 
 
