@@ -732,10 +732,13 @@ def _rivals(
 def _learnt(search: Search, leader: Configuration, across: Configuration | None, context: int) -> list[Configuration]:
     """The leader with the settings that lead with the other load group, then with the next depths of the space.
 
-    A draft is carried over unless one of the two is a model.
+    What is known not to be near the leader here has nothing to teach. A draft is carried over unless one of the two is
+    a model.
     """
     found = []
-    if across is not None:
+    ours, theirs = (_known(search, c, context) if c is not None else None for c in (leader, across))
+    behind = ours and theirs and not near([theirs], [ours], search.workload.objective)
+    if across is not None and not behind:
         knobs = ["cache", "prefill_chunk", "launch"]
         if across.has_draft_model == leader.has_draft_model:
             knobs += ["depth", "speculation"] + ["draft"] * (not leader.has_draft_model)

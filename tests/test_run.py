@@ -908,6 +908,14 @@ def test_settings_are_carried_over_to_the_other_load_and_then_depths_go_one_up_a
     assert run._learnt(search, leader, across, 512) == offered
 
 
+@pytest.mark.parametrize(("rate", "offered"), [(99.0, [DRAFTED]), (80.0, [])])
+def test_what_is_slower_with_the_other_load_is_not_carried_over(
+    tmp_path: Path, rate: float, offered: list[Configuration]
+) -> None:
+    search = Finals(tmp_path, 0.0, known=(LEADER, STOCK, CONTENDER), looks={CONTENDER: rate}).search
+    assert run._learnt(search, LEADER, CONTENDER, 512) == offered
+
+
 @pytest.mark.parametrize(
     ("timeout_s", "reloads", "expected"),
     [
