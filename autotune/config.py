@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -290,6 +291,11 @@ def overall(samples: list[dict[str, Any]], name: str) -> float:
             return float((tokens - len(samples)) / decode) if decode else 0.0
         case _:
             return float(ttft / len(samples))
+
+
+def median_error(values: Sequence[float]) -> float:
+    """The standard error of the median of two values or more: the mean's, by the median's efficiency (sqrt(pi / 2))."""
+    return statistics.stdev(values) / math.sqrt(len(values)) * math.sqrt(math.pi / 2)
 
 
 def draft_head(draft_weights: str, device: str) -> str:

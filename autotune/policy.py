@@ -34,6 +34,7 @@ from .config import (
     Objective,
     Record,
     Workload,
+    median_error,
     per_round,
 )
 
@@ -946,8 +947,7 @@ def expected_of(evidence: list[Record]) -> Expected:
     rounds = [rate for record in evidence for rate in per_round(record.samples, "tokens_per_s")]
     if len(rounds) > 1:
         rate = statistics.median(rounds)
-        error = statistics.stdev(rounds) / math.sqrt(len(rounds)) * math.sqrt(math.pi / 2)  # the median's efficiency
-        half = _t95(len(rounds) - 1) * error
+        half = _t95(len(rounds) - 1) * median_error(rounds)
         interval = max(0.0, rate - half), rate + half
     return Expected(
         tokens_per_s=rate,

@@ -44,8 +44,8 @@ from .space import Space
 from .study import Search, Studies, also, complete, importances
 from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
-COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate,
-COMPLETING_SHARE = 0.1  # of --timeout, the most that it takes
+COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
+COMPLETING_SHARE = 0.1  # of --timeout, the most that completing it takes
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
 FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with contender and rivals takes no more
 RIVALS = 3  # per context, the most that are measured again beside the chosen

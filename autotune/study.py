@@ -29,7 +29,7 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from .config import Budget, Configuration, LoadGroup, Record, Workload
+from .config import Budget, Configuration, LoadGroup, Record, Workload, median_error
 from .earlier import Earlier
 from .measure.throughput import pooled
 from .results import RECORD, RunError, open_storage
@@ -47,7 +47,7 @@ _POOL = 4000  # configurations up to which a space is weighed whole
 _DRAWN = 1000  # configurations of a larger one that are drawn at a time
 _CENTRES = 2  # of the fastest at a context whose neighbours are weighed as well
 _UNLIKE = 0.08  # ln(rate) that each knob which experience would set otherwise is expected to cost
-_LATER = 0.05
+_LATER = 0.05  # ln(rate) by which weights are expected to be slower than those that the space names before them
 _BOUND = 0.35  # of ln(bytes that a decode step reads) is expected to be lost in ln(rate)
 _SOUND = 0.9  # of the configurations, before any is known
 _UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group does not serve counts as
@@ -398,9 +398,7 @@ class Outlook:
     def _error(self, record: Record) -> float:
         """The standard error of its ln(rate): that of a median over its rounds."""
         rates = record.round_rates(self.search.workload.objective)
-        if len(rates) < 2:
-            return _ONE_ROUND
-        return statistics.stdev(map(math.log, rates)) / math.sqrt(len(rates)) * math.sqrt(math.pi / 2)
+        return median_error([math.log(rate) for rate in rates]) if len(rates) > 1 else _ONE_ROUND
 
     def chance(self, configuration: Configuration, context: int) -> float:
         """The probability that it fits."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..config import Configuration, Record, per_round
+from ..config import Configuration, Record, median_error, per_round
 
 if TYPE_CHECKING:  # what is timed needs only a `generate` that returns what a Generation holds
     from ..engine.decode import Engine, Generation
@@ -123,8 +123,7 @@ def rate_interval(samples: list[dict[str, Any]], name: str) -> tuple[float, floa
     middle = statistics.median(values)
     if len(values) < 2:
         return middle, 0.0, math.inf
-    error = statistics.stdev(values) / math.sqrt(len(values)) * math.sqrt(math.pi / 2)
-    half = _T.get(len(values) - 1, 12.706) * error
+    half = _T.get(len(values) - 1, 12.706) * median_error(values)
     return middle, max(0.0, middle - half), middle + half
 
 
