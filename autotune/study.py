@@ -55,13 +55,14 @@ _POSSIBLE = 0.1  # probability of being feasible below which a load group does n
 _RISK = 0.1  # of the looks may go over the budget
 _CREDIT = 0.5  # of one that does, to begin with
 _SURE = 0.9  # and above which one is begun with
-_LIKELY = 0.5  # probability of being feasible below which a look is put off
+_LIKELY = 0.5  # probability of being feasible below which nothing is hoped for from what else a look tells
 _EARLIER = {True: 0.1, False: 0.2}  # by which ln(rate) of an earlier run may be off; for another model: more
 _SHIFT = 0.5  # by which all of it may be
 _NEAR = 0.5  # octaves between its context and one of this run's
 _ONE_ROUND = 0.1  # standard error of a single round's ln(rate)
 _LOOKS = 3  # at the same pair, the most; the finals look at what is chosen again
 _DOUBT = 0.0003  # of the policy's ln(rate), the least for which something is looked at again
+_OUTCOMES = 15  # of a look, which stand for what it may say
 _SHARED = 2.0  # of a load, in looks at every context, is laid on the look that begins it
 
 
@@ -495,7 +496,8 @@ class Outlook:
                 standing[cell] = max(standing[cell], math.log(record.rate(search.workload.objective)))
         held = standing > -np.inf
         self.doubtful[:] = False
-        seconds = self._seconds()
+        look, load = self._times()
+        seconds = look[self.context] + load[self.group] * _SHARED / count
         if not held.any():  # nothing to compare with: what experience has, where it fits for sure
             return mean + 0.5 * np.log(np.maximum(chance, 1e-9)) - 0.01 * seconds / seconds.min()
         open_ = ~(self.out | self.doubted)
@@ -507,7 +509,8 @@ class Outlook:
         sure = np.where(usable, chance[top], 0.0)
         floor = mean.min() - _UNCOVERED
         middle = np.where(held, standing, sure * mean[top] + (1 - sure) * floor)
-        leader = int(middle.sum(axis=1).argmax())
+        whole = held.any(axis=1) & ~usable.any(axis=1)  # measured wherever it can serve
+        leader = int(np.where(whole if whole.any() else True, middle.sum(axis=1), -np.inf).argmax())
         missing = np.flatnonzero(usable[leader])
         self.served = not len(missing)
         self.worth = np.zeros(0)
@@ -516,23 +519,50 @@ class Outlook:
             return np.where(np.arange(len(mean)) == at, 1.0, np.where(open_, 1e-3 * promise - seconds, -np.inf))
         # what it is worth if all of the group's contexts fit, times the probability that they do
         hope = np.where(held, standing, np.where(usable, mean[top], floor))
-        spread = np.where(usable, deviation[top], 0.0)
-        gain = (hope.mean(axis=1) - middle[leader].mean())[self.group]
-        gain += (mean - hope[self.group, self.context]) / count
-        unsure = (spread.sum(axis=1)[self.group] - spread[self.group, self.context] + deviation) / count
+        after, weight = self._after(hope, np.where(usable, top, -1), open_ & (chance >= _LIKELY))
+        leads = middle[leader].mean()
+        gain = np.maximum(after - leads, 0.0) @ weight
+        here, lacking = held[self.group, self.context], usable.any(axis=1)[self.group]
+        # what is hoped for where the group was not measured is no merit of another look where it was
+        gain -= np.where(here & lacking, np.maximum(hope.mean(axis=1) - leads, 0.0)[self.group], 0.0)
         needed = np.where(usable, chance[top], 1.0)
         others = np.stack([np.delete(needed, c, axis=1).min(axis=1, initial=1.0) for c in range(count)], axis=1)
-        self.worth = np.minimum(chance, others[self.group, self.context]) * improvement(gain, unsure)
+        self.worth = np.minimum(chance, others[self.group, self.context]) * np.maximum(gain, 0.0)
         self.standing = dict(zip(self.contexts, standing[leader], strict=True))
         scores = self.worth / seconds
         doubts = self._doubts(standing, middle.mean(axis=1), leader)
-        scores[chance < _LIKELY] *= 0.1
-        scores[~held[self.group, self.context] & (top[self.group, self.context] != np.arange(len(mean)))] = 0.0
+        # it takes all of a group to change the policy: what no time is left for comes last
+        ahead = load[self.group] + (usable * look).sum(axis=1)[self.group] + here * look[self.context]
+        scores[lacking & (ahead > search.deadline - search.now())] *= 0.01
+        scores[~here & (top[self.group, self.context] != np.arange(len(mean)))] = 0.0
         if scores[open_].max(initial=0.0) < 1e-12:
             scores = np.where(open_, 1e-3 * promise - seconds, -np.inf)  # what is cheapest to be sure of
         for at, worth in doubts.items():
             self.doubtful[at], scores[at] = True, worth / seconds[at]
         return scores
+
+    def _after(self, hope: Any, top: Any, fits: Any) -> tuple[Any, Any]:
+        """The ln(rate) of a policy with each pair's group once that is looked at (pairs x outcomes), and their weights.
+
+        A look tells of the same configuration at other contexts as well, and of the pairs that would be measured where
+        the group was not yet (`top`; -1 where it was), as far as they go together: the knowledge gradient for
+        correlated beliefs (Frazier, Powell and Dayanik, 2009). `hope` is what the group has or is expected to have.
+        """
+        mean, pairs, count = self.rate.mean, np.arange(len(self.group)), len(self.contexts)
+        told = np.hypot(self.rate.deviation, _ONE_ROUND / math.sqrt(2))  # by which two rounds may differ from the mean
+        outcome, weight = np.polynomial.hermite_e.hermegauss(_OUTCOMES)
+        after = np.zeros((len(pairs), _OUTCOMES))
+        expected = hope.copy()  # of what is not known yet, too
+        np.maximum.at(expected, (self.group[fits], self.context[fits]), mean[fits])
+        for context in range(count):
+            best, same = top[self.group, context], pairs // count * count + context  # as the pool has them
+            slope = np.where(best >= 0, self.rate.between(np.maximum(best, 0), pairs), 0.0) / told
+            reached = hope[self.group, context][:, None] + slope[:, None] * outcome
+            also = mean[same][:, None] + (self.rate.between(same, pairs) / told)[:, None] * outcome
+            # there it is measured; elsewhere it counts by how much more is expected than was
+            least = np.where((best < 0) & (self.context != context), expected[self.group, context], reached.T).T
+            after += (reached + np.where(fits[same][:, None], np.maximum(also - least, 0.0), 0.0)) / count
+        return after, weight / weight.sum()
 
     def _doubts(self, standing: Any, means: Any, leader: int) -> dict[int, float]:
         """What a second look is worth, by pair: how likely it is to change the choice, and by how much.
@@ -567,8 +597,8 @@ class Outlook:
                         found[at] = worth
         return found
 
-    def _seconds(self) -> Any:
-        """What a look takes, with its part of the load."""
+    def _times(self) -> tuple[Any, Any]:
+        """Seconds that a look takes at each context, and that loading each group takes: none where it is resident."""
         search, count = self.search, len(self.contexts)
         looks: list[list[float]] = [[] for _ in range(count)]
         loads: dict[tuple[str, bool], list[float]] = {}
@@ -579,13 +609,13 @@ class Outlook:
                 loads.setdefault((configuration.weights, configuration.has_draft_model), []).append(record.load_s)
         means = [statistics.fmean(values) if values else None for values in looks]
         longest = max((value for value in means if value is not None), default=1.0)
-        look = np.array([longest if value is None else value for value in means])
+        look = np.maximum([longest if value is None else value for value in means], 1e-3)
         usual = statistics.fmean([value for values in loads.values() for value in values] or [2 * longest])
         load = np.zeros(len(self.groups))
         for group, number in self.groups.items():
             if group != self.resident:
                 load[number] = statistics.fmean(loads.get((group.weights, group.draft != "none"), [usual]))
-        return np.maximum(look[self.context] + load[self.group] * _SHARED / count, 1e-3)
+        return look, load
 
 
 class Drawn:

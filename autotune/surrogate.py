@@ -101,10 +101,18 @@ class Belief:
         self.observe(at, value, math.sqrt(max(noise - self.noise**2, 0.0)))
 
     def _covariance(self, at: int) -> Floats:
-        alike, near = self.pool.alike(at, self.resident)
-        effects = alike @ self.weights + self.together**2 * np.exp(-1.0 * (1 - alike).sum(axis=1))
+        return self._prior(*self.pool.alike(at, self.resident))
+
+    def _prior(self, alike: Floats, near: Floats) -> Floats:
+        effects = alike @ self.weights + self.together**2 * np.exp(-1.0 * (1 - alike).sum(axis=-1))
         common = self.everywhere**2 + self.shifted**2
         return common + self.by_context**2 * near + effects * (1 - self.fading * (1 - near))
+
+    def between(self, first: Floats, second: Floats) -> Floats:
+        """The posterior covariance of pairs, given by two arrays of indices of one shape."""
+        alike, near = self.pool.alike(first, self.resident, second)
+        rows = np.array(self.rows).reshape(len(self.rows), -1)
+        return self._prior(alike, near) - np.einsum("r...,r...->...", rows[:, first], rows[:, second])
 
     @property
     def deviation(self) -> Floats:
@@ -140,12 +148,12 @@ class Pool:
         codes[_DEPTH] = configuration.depth
         return codes
 
-    def alike(self, at: int, resident: bool = False) -> tuple[Floats, Floats]:
-        """How alike each pair's words are to one pair's (pairs x knobs, 0 to 1), and its context."""
+    def alike(self, at: Any, resident: bool = False, others: Any = slice(None)) -> tuple[Floats, Floats]:
+        """How alike the words of pairs are (... x knobs, 0 to 1), and their contexts; `others`: all, or indices."""
         codes = self.codes[:, int(resident)]
-        alike = (codes == codes[at]).astype(float)
-        alike[:, _DEPTH] = np.exp(-np.abs(codes[:, _DEPTH] - codes[at, _DEPTH]) / _DEPTHS)
-        return alike, np.exp(-np.abs(self.octave - self.octave[at]) / _OCTAVES)
+        alike = (codes[others] == codes[at]).astype(float)
+        alike[..., _DEPTH] = np.exp(-np.abs(codes[others, _DEPTH] - codes[at, _DEPTH]) / _DEPTHS)
+        return alike, np.exp(-np.abs(self.octave[others] - self.octave[at]) / _OCTAVES)
 
     def distance(self, configurations: Iterable[Configuration]) -> Floats:
         """In how many knobs each pair differs from the nearest of these; 0 where there are none."""

@@ -25,6 +25,7 @@ from benchmarks import search_regret as regret
 from benchmarks import sweep as sweeping
 
 CONTEXTS = (128, 2048)
+RECORDED = Path(__file__).parents[1] / "benchmarks" / "recorded"
 QUICK = {"bf16": 60.0, "bnb-nf4": 80.0, "quanto-int4": 100.0}
 CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": ("bf16", "bnb-nf4", "quanto-int4"),
@@ -220,6 +221,13 @@ def test_the_search_is_the_same_by_seed_keeps_its_time_and_finds_the_optimum(syn
     looks = Counter((record.configuration, record.context_tokens) for record in replay.records)
     assert max(looks.values()) <= 3
     assert sum(looks.values()) - len(looks) <= 0.1 * len(looks)  # second looks are few
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tenth_of_the_cost_finds_the_optimum_of_the_recorded_sweep(seed: int) -> None:
+    sweep, budget = regret.read_sweep(RECORDED / "sweep-8b-h200.jsonl.gz"), 24 * 10**9
+    chosen, replay = regret.search(sweep, budget, seed, 0.1 * sweep.cost_s)
+    assert regret.judged(sweep, budget, chosen, replay)["policy"] > 0.98
 
 
 def test_an_earlier_run_under_another_budget_makes_a_search_quicker(synthetic: regret.Sweep, tmp_path: Path) -> None:

@@ -37,7 +37,10 @@ def test_what_is_learnt_one_by_one_is_the_posterior_of_all() -> None:
     noise = np.diag([belief.noise**2 + own**2 for own in spread])
     gain = covariance[:, at] @ np.linalg.inv(covariance[np.ix_(at, at)] + noise)
     assert belief.mean == pytest.approx(gain @ values, abs=1e-6)
-    assert belief.variance == pytest.approx(np.diag(covariance - gain @ covariance[at]), abs=1e-6)
+    posterior = covariance - gain @ covariance[at]
+    assert belief.variance == pytest.approx(np.diag(posterior), abs=1e-6)
+    first, second = np.arange(len(pool.pairs)), np.roll(np.arange(len(pool.pairs)), 7)
+    assert belief.between(first, second) == pytest.approx(posterior[first, second], abs=1e-6)
 
 
 def test_a_pool_that_grows_keeps_what_was_learnt() -> None:
