@@ -63,7 +63,12 @@ FAULTS = (
     ),
     Fault("a cache that loses the last 8 tokens", "quality_loss", "perplexity", {"do": "lose the last 8 tokens"}),
     Fault("200 MB beside the allocator", "over_budget", "over the budget", {"do": "keep", "bytes": HELD}),
-    Fault("a spike of 20 ms over the budget", "over_budget", "over the budget", {"do": "spike", "bytes": HELD}),
+    Fault(
+        "a spike of 20 ms over the budget",
+        "over_budget",
+        "over the budget",
+        {"at": "generated", "do": "spike", "bytes": HELD},
+    ),
     Fault("processors, or a GPU, busy with something else", "unstable", "busy with something else"),
     Fault("a clock that drops by a third halfway", "unstable", "clock", {"do": "lower the clock", "after": 3}),
 )

@@ -61,7 +61,9 @@ class Faulty(worker.Worker):
         def faulty(*args: Any) -> Any:
             _act(self, "generate")
             self.generations += 1
-            return generate(*args)
+            generation = generate(*args)
+            _act(self, "generated")
+            return generation
 
         self.engine.generate = faulty
         try:
@@ -163,14 +165,15 @@ def _lose_tokens() -> None:
 
 
 def _lower_the_clock(own: Any, after: int, share: float) -> None:
-    """From a generation on, the target takes that share longer: half as long again is a clock lowered by a third."""
-    forward = own.engine.target.forward
+    """From a generation on, every step takes that share longer: half as long again is a clock lowered by a third."""
+    forward, ended = own.engine.target.forward, time.perf_counter()
 
     def slower(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        nonlocal ended
         output = forward(*args, **kwargs)
         if own.generations > after:
-            time.sleep((time.perf_counter() - began) * share)
+            time.sleep((time.perf_counter() - ended) * share)
+        ended = time.perf_counter()
         return output
 
     own.engine.target.forward = slower

@@ -46,6 +46,7 @@ def one_layer(cache: str, capacity: int) -> Any:
     [
         (8, 2, 64, 300, 1, None),  # grouped queries
         (4, 4, 32, 129, 5, None),  # several tokens, causal among themselves
+        (4, 2, 16, 129, 2, None),  # half of it is less than a product takes
         (8, 2, 24, 300, 3, 100),  # a size that is no power of two, and a sliding window
         (8, 2, 128, 20, 8, None),  # nothing is in groups yet
         (8, 2, 128, 300, 5, None),  # two groups of a value, and more rows than a program takes

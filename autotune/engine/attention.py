@@ -195,9 +195,9 @@ def _split_kv(
     kv_heads, slots = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
     rows = max(16, triton.next_power_of_2(count * group))
-    padded = max(16, triton.next_power_of_2(dim))
     value_groups = 1 if kind in (FULL, FLOAT8) or value_ranges is None else value_ranges.shape[2]
     halves = kind == 4 and value_groups <= 2
+    padded = max(32 if halves else 16, triton.next_power_of_2(dim))  # a product takes 16 channels at least
     capacity = 0 if key_codes is None else key_codes.shape[2]
     long = halves and capacity > LONG and dim % 4 == 0
     each = min(rows, ROWS) if long else rows
