@@ -529,7 +529,9 @@ class Outlook:
         others = np.stack([np.delete(needed, c, axis=1).min(axis=1, initial=1.0) for c in range(count)], axis=1)
         self.worth = np.minimum(chance, others[self.group, self.context]) * np.maximum(gain, 0.0)
         self.standing = dict(zip(self.contexts, standing[leader], strict=True))
-        scores = self.worth / seconds
+        # where its group was not measured a look is a beginning: with what is likely to follow until it can be chosen
+        follow = (usable * look).sum(axis=1)[self.group] - look[self.context]
+        scores = self.worth / (seconds + np.where(here, 0.0, follow * ((after > leads) @ weight)))
         doubts = self._doubts(standing, middle.mean(axis=1), leader)
         # it takes all of a group to change the policy: what no time is left for comes last
         ahead = load[self.group] + (usable * look).sum(axis=1)[self.group] + here * look[self.context]

@@ -70,7 +70,7 @@ FAULTS = (
         {"at": "generated", "do": "spike", "bytes": HELD},
     ),
     Fault("processors, or a GPU, busy with something else", "unstable", "busy with something else"),
-    Fault("a clock that drops by a third halfway", "unstable", "clock", {"do": "lower the clock", "after": 3}),
+    Fault("a clock that drops by a third halfway", "unstable", "clock", {"do": "lower the clock", "after": 5}),
 )
 
 

@@ -232,7 +232,7 @@ def test_a_tenth_of_the_cost_finds_the_optimum_of_the_recorded_sweep(seed: int) 
 
 def test_an_earlier_run_under_another_budget_makes_a_search_quicker(synthetic: regret.Sweep, tmp_path: Path) -> None:
     regret.write_earlier(synthetic, tmp_path / "earlier", 0)
-    budget, limit = synthetic.budgets()[1], 0.014 * synthetic.cost_s
+    budget, limit = synthetic.budgets()[1], 0.02 * synthetic.cost_s
     policies = []
     for beside in (None, tmp_path):
         chosen, replay = regret.search(synthetic, budget, 0, limit, beside)

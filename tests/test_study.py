@@ -717,6 +717,23 @@ def test_the_leading_load_group_is_measured_at_every_context_first(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("in_memory")
+def test_a_load_group_is_measured_where_a_look_is_dear_too_before_others_are_begun(tmp_path: Path) -> None:
+    class Dear(Fake):
+        def __call__(self, configuration: Configuration, context: int, stage: str) -> Record:
+            self.figures = {"load_s": 10.0, "measure_s": 12.0 if context == 4096 else 3.0}
+            return super().__call__(configuration, context, stage)
+
+    choices = MIXED.choices | {"lm_head": ("bf16", "int4"), "attention": ("sdpa", "eager"), "prefill_chunk": (0,)}
+    contexts = (64, 128, 256, 4096)
+    search = search_in(tmp_path, Space(choices), measure := Dear(), contexts=contexts, max_trials=14)
+    search.baseline(BASELINES)
+    search.run()
+    begun = {configuration.load_group for configuration, _ in measure.calls[4:]}
+    lacking = [g for g in begun if len({context for c, context in measure.calls if c.load_group == g}) < 4]
+    assert len(lacking) <= 1 < len(begun)
+
+
+@pytest.mark.usefixtures("in_memory")
 def test_a_space_that_is_too_large_to_weigh_whole_is_searched_from_its_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,8 +33,8 @@ PROMPTS = [[1, 2, 3], [4, 5]]
 class FakeEngine:
     """Generates at the given rates (tokens/s), one a call after the warm-up, a quarter of it before the first token."""
 
-    def __init__(self, rates: Iterator[float]):
-        self.rates = rates
+    def __init__(self, rates: Iterator[float], device: str = "cpu"):
+        self.rates, self.device = rates, device
         self.calls: list[tuple[list[int], int]] = []
 
     def generate(self, prompt: list[int], configuration: Configuration, new_tokens: int) -> Generation:
@@ -43,8 +43,10 @@ class FakeEngine:
         return Generation([7] * new_tokens, seconds / 4, [seconds * 0.75 / (new_tokens - 1)] * (new_tokens - 1))
 
 
-def measured(rates: Iterator[float], configuration: Configuration = PLAIN, **options: Any) -> tuple[Any, FakeEngine]:
-    engine = FakeEngine(rates)
+def measured(
+    rates: Iterator[float], configuration: Configuration = PLAIN, device: str = "cpu", **options: Any
+) -> tuple[Any, FakeEngine]:
+    engine = FakeEngine(rates, device)
     options = {"limit_s": 60.0, "min_rounds": MIN_ROUNDS} | options
     return measure_throughput(engine, configuration, PROMPTS, 20, **options)[0], engine  # type: ignore[arg-type]
 
@@ -67,6 +69,16 @@ def test_the_warm_up_is_short_and_exercises_the_draft() -> None:
     _, engine = measured(itertools.repeat(50.0), Configuration(draft="prompt-lookup", depth=2, speculation="adaptive"))
     assert engine.calls[0] == (PROMPTS[0], 18)  # three times each of 1, 2 and 3 tokens
     assert all(new_tokens == 20 for _, new_tokens in engine.calls[1:])
+
+
+@pytest.mark.parametrize(
+    ("cache", "device", "tokens"), [("dynamic", "cuda:0", 20), ("static", "cuda:0", 4), ("dynamic", "cpu", 4)]
+)
+def test_on_a_gpu_the_warm_up_takes_a_cache_that_grows_through_all_its_sizes(
+    cache: str, device: str, tokens: int
+) -> None:
+    _, engine = measured(itertools.repeat(50.0), Configuration(cache=cache), device)
+    assert engine.calls[0] == (PROMPTS[0], tokens)
 
 
 def test_every_round_runs_every_prompt() -> None:

@@ -44,7 +44,7 @@ class Stock:
     """Stock `generate`, as an engine that measure_throughput can time."""
 
     def __init__(self, model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]):
-        self.model, self.inputs, self.options = model, inputs, options
+        self.model, self.inputs, self.options, self.device = model, inputs, options, str(model.device)
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], configuration: Configuration, new_tokens: int) -> Any:
