@@ -530,11 +530,12 @@ class Outlook:
         self.worth = np.minimum(chance, others[self.group, self.context]) * np.maximum(gain, 0.0)
         self.standing = dict(zip(self.contexts, standing[leader], strict=True))
         # where its group was not measured a look is a beginning: with what is likely to follow until it can be chosen
-        follow = (usable * look).sum(axis=1)[self.group] - look[self.context]
+        missed = usable * look  # seconds, of what each group lacks
+        follow = missed.sum(axis=1)[self.group] - missed[self.group, self.context]
         scores = self.worth / (seconds + np.where(here, 0.0, follow * ((after > leads) @ weight)))
         doubts = self._doubts(standing, middle.mean(axis=1), leader)
         # it takes all of a group to change the policy: what no time is left for comes last
-        ahead = load[self.group] + (usable * look).sum(axis=1)[self.group] + here * look[self.context]
+        ahead = load[self.group] + missed.sum(axis=1)[self.group] + here * look[self.context]
         scores[lacking & (ahead > search.deadline - search.now())] *= 0.01
         scores[~here & (top[self.group, self.context] != np.arange(len(mean)))] = 0.0
         if scores[open_].max(initial=0.0) < 1e-12:

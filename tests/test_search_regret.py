@@ -15,12 +15,14 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 from conftest import synthetic_record
 from test_plan import LLAMA_1B, LLAMA_8B, shape_of
 
 from autotune import plan
 from autotune.config import MIB, Configuration, Record, Workload
 from autotune.space import Space
+from benchmarks import filled_sweep
 from benchmarks import search_regret as regret
 from benchmarks import sweep as sweeping
 
@@ -228,6 +230,22 @@ def test_a_tenth_of_the_cost_finds_the_optimum_of_the_recorded_sweep(seed: int) 
     sweep, budget = regret.read_sweep(RECORDED / "sweep-8b-h200.jsonl.gz"), 24 * 10**9
     chosen, replay = regret.search(sweep, budget, seed, 0.1 * sweep.cost_s)
     assert regret.judged(sweep, budget, chosen, replay)["policy"] > 0.98
+
+
+def test_a_filled_sweep_holds_the_whole_space_and_what_was_recorded_as_it_was(tmp_path: Path) -> None:
+    recorded, path = RECORDED / "sweep-8b-h200.jsonl.gz", tmp_path / "filled.jsonl"
+    done = CliRunner().invoke(filled_sweep.main, [str(recorded), str(path), "--alone"])
+    assert done.exit_code == 0, done.output
+    sweep, whole = regret.read_sweep(recorded), regret.read_sweep(path)
+    assert set(whole.space.configurations()) >= set(Space(whole.space.choices).configurations())
+    assert len(whole.lines) == 675 * 4
+    for pair, line in sweep.lines.items():
+        assert whole.lines[pair].record.samples == line.record.samples
+        assert whole.lines[pair].measure_s < line.measure_s
+    rates = [line.record.tokens_per_s or 0 for line in sweep.lines.values()]
+    assert all(0.5 * min(rates) < (line.record.tokens_per_s or 0) < 2 * max(rates) for line in whole.lines.values())
+    chosen, replay = regret.search(whole, 12 * 10**9, 0, 230)  # as long as a run of seven minutes searches
+    assert regret.judged(whole, 12 * 10**9, chosen, replay)["policy"] > 0.9
 
 
 def test_an_earlier_run_under_another_budget_makes_a_search_quicker(synthetic: regret.Sweep, tmp_path: Path) -> None:
