@@ -19,7 +19,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -339,9 +339,7 @@ class Outlook:
     def _extend(self, configurations: Iterable[Configuration]) -> None:
         """Take configurations into the pool, with a draft model also idle; all that was learnt is learnt again."""
         search, before = self.search, len(self.pool.pairs)
-        self.pool.extend(
-            also for c in configurations for also in (c, c.replace(depth=0)) if also is c or c.has_draft_model
-        )
+        self.pool.extend(with_idle(configurations))
         pairs = self.pool.pairs
         if len(pairs) == before:
             return
@@ -619,6 +617,14 @@ class Outlook:
             if group != self.resident:
                 load[number] = statistics.fmean(loads.get((group.weights, group.draft != "none"), [usual]))
         return look, load
+
+
+def with_idle(configurations: Iterable[Configuration]) -> Iterator[Configuration]:
+    """Each of them, and with its draft model idle, where it has one."""
+    for configuration in configurations:
+        yield configuration
+        if configuration.has_draft_model:
+            yield configuration.replace(depth=0)
 
 
 class Drawn:

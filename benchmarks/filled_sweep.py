@@ -25,6 +25,7 @@ import numpy as np
 from autotune import plan
 from autotune.config import Configuration, LoadGroup, Record
 from autotune.space import Space
+from autotune.study import with_idle
 from autotune.surrogate import Belief, Pool, footprint_belief, rate_belief
 
 from .search_regret import Line, Sweep, read_sweep
@@ -42,10 +43,7 @@ class Filled:
     def __init__(self, sweep: Sweep, seed: int):
         self.sweep, self.seed = sweep, seed
         space = Space({knob: tuple(words) for knob, words in sweep.header["space"].items()})
-        whole = [
-            also for c in space.configurations() for also in (c, c.replace(depth=0)) if also is c or c.has_draft_model
-        ]
-        self.configurations = list(dict.fromkeys([*whole, *sweep.configurations]))
+        self.configurations = list(dict.fromkeys([*with_idle(space.configurations()), *sweep.configurations]))
         self.pool = Pool(sweep.workload.contexts)
         self.pool.extend(self.configurations)
         self.rate = self._learnt(dataclasses.replace(rate_belief(), together=0.25))
@@ -75,7 +73,9 @@ class Filled:
         return plan.predict(shapes["model"], draft, configuration, context, new_tokens, device, calibration).total
 
     def line(self, configuration: Configuration, context: int) -> dict[str, Any]:
-        """What a sweep would have written of the pair."""
+        """What a sweep wrote of the pair, or would have written."""
+        if (recorded := self.sweep.lines.get((configuration, context))) is not None:
+            return self._entry(recorded.record, recorded)
         done, at = configuration.at(context), self.pool.index[configuration, context]
         words = [(knob, getattr(done, knob)) for knob in _KNOBS]
         quirk = sum(random.Random(f"{self.seed} {context} {pair}").gauss(0, _QUIRK) for pair in combinations(words, 2))
@@ -104,9 +104,12 @@ class Filled:
             perplexity_ratio=near.record.perplexity_ratio,
             samples=samples,
         )
-        group = configuration.load_group
+        return self._entry(record, near)
+
+    def _entry(self, record: Record, timed: Line) -> dict[str, Any]:
+        group = record.configuration.load_group
         load = self.sweep.load_s.get(group) or statistics.fmean(self.load_s[_kind(group)])
-        took = {"took_s": near.measure_s + near.quality_s + load, "load_s": load, "quality_s": near.quality_s}
+        took = {"took_s": timed.measure_s + timed.quality_s + load, "load_s": load, "quality_s": timed.quality_s}
         return {"record": compact(record), **took, "load_peak_bytes": self.sweep.load_peak.get(group, 0)}
 
 
@@ -128,13 +131,7 @@ def main(recorded: Path, path: Path, seed: int, alone: bool) -> None:
     with path.open("w") as file:
         file.write(json.dumps(header | {"recorded": recorded.name}) + "\n")
         for configuration, context in filled.pool.pairs:
-            if (configuration, context) in sweep.lines:
-                line, group = sweep.lines[configuration, context], configuration.load_group
-                load = sweep.load_s[group]
-                took = {"took_s": line.measure_s + line.quality_s + load, "load_s": load, "quality_s": line.quality_s}
-                entry = {"record": compact(line.record), **took, "load_peak_bytes": sweep.load_peak.get(group, 0)}
-            else:
-                entry = filled.line(configuration, context)
+            entry = filled.line(configuration, context)
             if alone:
                 look, load = _ALONE[context == longest], _ALONE[2]
                 entry["took_s"] = (entry["took_s"] - entry["load_s"]) * look + entry["load_s"] * load
