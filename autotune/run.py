@@ -627,7 +627,7 @@ def _finals(
     run. It has no second turn where it fell behind, or where there is only time for the others. Right after the chosen
     and the contender of a context come their rivals, in the same worker: what may be as fast, in the next turn what
     still is. Where what is left of the time `until` is less than the turns before took, there is no other. One turn
-    there is always, with a rival for each context where it has room before the `end`.
+    there is as far as there is time before the `end`, with a rival for each context where it has room before that.
     """
     workload, objective = search.workload, search.workload.objective
     other = {} if reloads else contender(list(search.known.values()), workload, chosen)
@@ -665,9 +665,12 @@ def _finals(
             began = search.now()
             trials.close()
             for context in sorted(side, key=lambda c: (str(side[c].load_group), c)):
+                if search.now() >= end:
+                    watch.note(f"no time to measure the {name} again at {context} tokens: raise --timeout")
+                    return
                 watch.phase(f"measuring the {name} again, {turn + 1} of {FINAL_ROUNDS}")
                 ours = again(side[context], context)
-                for rival in others[name][context] if name in others else []:
+                for rival in others[name][context] if name in others and search.now() < end else []:
                     watch.phase(f"measuring what may be as fast, {turn + 1} of {FINAL_ROUNDS}")
                     if _known(search, rival, context) is None:  # a look first: most are not worth more
                         look = search.measured(rival, context)

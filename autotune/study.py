@@ -151,15 +151,26 @@ class Search:
     now: Callable[[], float] = lambda: time.monotonic()
 
     def run(self) -> None:
-        """Measure until time, trials or the space run out."""
+        """Measure until time, trials or the space run out.
+
+        A load group that comes to lead is looked at with its draft model idle as well, at every context: that takes no
+        load, and what a draft is worth there is seldom known from elsewhere.
+        """
         for opening in self._opening():
             if not self._over() and self._outlook.chance(*opening) >= _SURE and opening not in self.known:
                 self._measured(*opening, "search")
+        weighed: set[LoadGroup] = set()
         while not self._over():
-            pair = self._next()
-            if pair is None:
+            pair, leader = self._next(), self._outlook.leader
+            if leader is not None and leader not in weighed:
+                weighed.add(leader)
+                for configuration, context in idle(self, leader):
+                    if not self._over():
+                        also(self, configuration, context)
+            elif pair is None:
                 return
-            self._measured(*pair, "search")
+            else:
+                self._measured(*pair, "search")
 
     def _opening(self) -> list[tuple[Configuration, int]]:
         """What experience favours of what the baseline has loaded, at every context.
@@ -297,7 +308,7 @@ class Outlook:
         self.open: float | None = None
         self.relearnt = 0  # second looks
         self.doubtful: Any = np.zeros(0, bool)  # known, and worth a second look
-        self.served = False  # whether the leading load group is measured wherever it can serve
+        self.leader: LoadGroup | None = None  # the leading load group, once it is measured wherever it can serve
         self.room: Any = np.zeros(0)  # per pair: ln(budget / predicted)
         self.out: Any = np.zeros(0, bool)  # known, or ruled out by what is
         self.doubted: Any = np.zeros(0, bool)  # predicted, as far as is known, not to fit
@@ -441,7 +452,7 @@ class Outlook:
         that and what the leading load group has gained over the baselines, or over what was measured first instead.
         """
         search = self.search
-        if not self.served or not len(self.worth):
+        if self.leader is None or not len(self.worth):
             return None
         worth = np.where(closed, 0.0, self.worth)
         more = sum(float(worth[self.context == c].max(initial=0.0)) for c in range(len(self.contexts)))
@@ -465,7 +476,7 @@ class Outlook:
         over = sum(record.outcome in _TOO_LARGE for record in search.known.values())
         least = min(over + 1 - _RISK * (len(search.known) + 1) - _CREDIT, 1 - _RISK)
         surest = float(open_.max())
-        return math.inf if self.served and surest < min(least, _LIKELY) else min(least, surest)
+        return math.inf if self.leader is not None and surest < min(least, _LIKELY) else min(least, surest)
 
     def _explore(self) -> None:
         """Bring what differs in one knob from the best of each context into the pool."""
@@ -510,7 +521,7 @@ class Outlook:
         whole = held.any(axis=1) & ~usable.any(axis=1)  # measured wherever it can serve
         leader = int(np.where(whole if whole.any() else True, middle.sum(axis=1), -np.inf).argmax())
         missing = np.flatnonzero(usable[leader])
-        self.served = not len(missing)
+        self.leader = None if len(missing) else list(self.groups)[leader]
         self.worth = np.zeros(0)
         if len(missing):  # a policy needs all of its contexts: what may fail first, else what is looked at soonest
             at = top[leader, min(missing, key=lambda c: (round(sure[leader, c], 1), seconds[top[leader, c]]))]
@@ -689,8 +700,17 @@ def complete(search: Search, group: LoadGroup) -> None:
         for candidate in list(dict.fromkeys(best))[:_TRIES]:
             if also(search, candidate, context) == "ok":
                 break
-        if group.draft != "none" and best:
-            also(search, best[0].replace(depth=0), context)
+    for configuration, context in idle(search, group):
+        also(search, configuration, context)
+
+
+def idle(search: Search, group: LoadGroup) -> Iterator[tuple[Configuration, int]]:
+    """What is fastest of a load group at each context, with its draft model idle."""
+    for context in search.workload.contexts if group.draft != "none" else ():
+        here = (r for (_, at), r in search.known.items() if at == context and r.outcome == "ok")
+        rates = {r.rate(search.workload.objective): r for r in here if r.configuration.load_group == group}
+        if rates:
+            yield rates[max(rates)].configuration.replace(depth=0), context
 
 
 def also(search: Search, configuration: Configuration, context: int) -> str:

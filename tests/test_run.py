@@ -657,6 +657,7 @@ class Finals:
         until: float,
         *,
         end: float = 0.0,
+        turn: float = 20.0,
         contexts: tuple[int, ...] = (512,),
         looks: dict[Configuration, float] | None = None,
         again: dict[Configuration, float] | None = None,
@@ -694,7 +695,7 @@ class Finals:
         self.now = 0.0
         self.sides = dict.fromkeys(contexts, chosen), dict.fromkeys(contexts, stock)
         trials: Any = self.trials
-        run._finals(self.search, trials, *self.sides, self.watch, until, max(end, until), reloads)
+        run._finals(self.search, trials, *self.sides, self.watch, until, max(end, until, turn * len(contexts)), reloads)
 
     @property
     def names(self) -> list[str]:
@@ -745,6 +746,16 @@ def test_a_turn_has_one_rival_where_it_has_the_time_and_more_where_all_turns_hav
     finals = Finals(tmp_path, until)
     assert finals.names == names
     assert bool(finals.watch.notes) == (names.count("leader") == 1)
+
+
+@pytest.mark.parametrize(("end", "names"), [(19.9, ["leader", "stock"]), (10.0, ["leader"]), (0.0, [])])
+def test_no_final_begins_after_the_end_of_the_run(tmp_path: Path, end: float, names: list[str]) -> None:
+    finals = Finals(tmp_path, 0.0, end=end, turn=0.0)
+    assert finals.names == names
+    told = {19.9: "chosen again more than 1 of 2 times", 10.0: "baseline again at 512 tokens"}
+    lacking = told.get(end, "chosen again at 512 tokens")
+    assert finals.watch.notes == [f"no time to measure the {lacking}: raise --timeout"]
+    assert set(finals.settled) == {512}
 
 
 def test_one_rival_for_each_context_has_until_the_end_of_the_run(tmp_path: Path) -> None:

@@ -300,14 +300,24 @@ def test_int8_weights_are_never_captured_into_a_graph() -> None:
 
 @pytest.mark.parametrize("name", BUILT_INS)
 @pytest.mark.parametrize("where", [ON_A_GPU, ON_A_CPU])
-def test_what_is_tried_first_is_legal_and_one_for_each_weights_and_draft(name: str, where: dict[str, Any]) -> None:
+def test_what_is_tried_first_is_legal_and_one_for_each_weights_and_draft_on_a_gpu_whole_before_chunked(
+    name: str, where: dict[str, Any]
+) -> None:
     space = restricted(name, where)
     first = list(space.seeds())
     assert all(is_legal(configuration) and space.parameters(configuration) is not None for configuration in first)
-    assert len({(c.weights, c.draft) for c in first}) == len(first)
+    assert len({(c.weights, c.draft, c.prefill_chunk) for c in first}) == len(first)
     heads = {c.lm_head for c in first if c.weights == "quanto-int4"}
     assert heads <= ({"int4"} if "int4" in space.choices["lm_head"] else {"bf16", "fp32"})
-    assert len(first) == len(space.choices["weights"]) * len(space.choices["draft"])
+    assert len({(c.weights, c.draft) for c in first}) == len(space.choices["weights"]) * len(space.choices["draft"])
+    chunked = {
+        weights: [c.prefill_chunk for c in first if c.weights == weights] for weights in space.choices["weights"]
+    }
+    packed = chunked.keys() - {"bf16", "fp32"}
+    if where == ON_A_GPU and len(space.choices["prefill_chunk"]) > 1:
+        assert all(chunked[weights][0] == 0 < chunked[weights][1] for weights in packed)
+    else:
+        assert all(len(set(chunks)) == 1 for chunks in chunked.values())
 
 
 @given(small_spaces(), st.data())

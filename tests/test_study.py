@@ -425,6 +425,17 @@ def test_the_optimum_of_a_small_space_is_found_in_a_part_of_it(tmp_path: Path, s
         assert rate(found.configuration, context) >= 0.95 * best
 
 
+@pytest.mark.usefixtures("in_memory")
+def test_what_comes_to_lead_is_looked_at_with_its_draft_model_idle_at_every_context(tmp_path: Path) -> None:
+    space = space_of(draft=(DRAFT,), depth=(2, 4), cache=("dynamic", "static"), launch=("eager", "graph"))
+    favoured = Configuration(draft=DRAFT, draft_weights="bf16", depth=4, cache="static", launch="graph", lm_head="bf16")
+    search_in(tmp_path, space, measure := Fake(load_s=4.0), max_trials=4, first=(favoured,)).run()
+    began = {context: configuration for configuration, context in measure.calls[:2]}
+    assert began.keys() == set(CONTEXTS)
+    assert measure.calls[2:] == [(began[context].replace(depth=0), context) for context in CONTEXTS]
+    assert all(configuration.depth for configuration in began.values())
+
+
 def test_the_baseline_is_nf4_where_bf16_goes_over_the_budget(tmp_path: Path) -> None:
     measure = Fake(lambda c, context: "over_budget" if (c.weights, context) == ("bf16", 256) else "ok")
     search = search_in(tmp_path, SMALL, measure)
