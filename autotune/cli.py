@@ -566,7 +566,3 @@ def _print_policy(policy: Policy, console: Any) -> None:
     for context in asked:
         if context > policy.rules[-1].max_context_tokens:
             console.print(f"{context}: nothing that was measured was feasible; the report says why", markup=False)
-
-
-if __name__ == "__main__":
-    main()

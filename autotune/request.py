@@ -1,4 +1,4 @@
-"""What a run is asked for, and what can be said of it before anything starts."""
+"""What a run is asked for, who is told how it goes, and what can be said of it before anything starts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from . import plan as planning
-from .config import Budget, Workload
+from .config import Budget, Configuration, Record, Workload
 from .space import Space
+
+
+class Watch(Protocol):
+    """Who is told how the run goes."""
+
+    def phase(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
+    def record(self, record: Record) -> None: ...
+    def gain(self, open_share: float) -> None: ...
 
 
 @dataclass

@@ -1,44 +1,35 @@
-"""One run, from inputs to a policy: the story of the whole program in `tune`.
-
-Finals measure the chosen again in turn with a contender, another load group that may be as fast, and the baseline; each
-of the two loads also tries what led with the other. What comes of it is decided by `policy.settle`.
-"""
+"""One run, from inputs to a policy: the story of the whole program in `tune`."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from . import __version__, references
 from . import plan as planning
 from .config import HEAD_WEIGHTS, Configuration, Record, Workload, mib
 from .earlier import Earlier, earlier_runs, learnt_from
+from .finals import FINAL_SHARE, bisect, changes, lengths_between, measure_finals, reserve, seconds_for
 from .policy import (
     Policy,
     best_group,
     choose,
     contender,
-    keeps_up,
     make_policy,
-    near,
-    rivals,
     settle,
-    speedup,
-    tied,
     unfinished,
     write_policy,
 )
 from .report import write_report
 from .report_view import RunData
-from .request import Request, check_inputs
+from .request import Request, Watch, check_inputs
 from .results import RunError, frame, read_info, read_records, read_run, storage_url
 from .space import Space
 from .study import Search, Studies, also, complete, importances
@@ -46,10 +37,6 @@ from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
 COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
 COMPLETING_SHARE = 0.1  # of --timeout, the most that completing it takes
-FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
-FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with contender and rivals takes no more
-RIVALS = 3  # per context, the most that are measured again beside the chosen
-_CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
 _TRIAL_S = 600.0  # the longest that one measurement may take
 _FEW = 2000  # pairs that are looked through one by one
 _LEARNT = 4  # measured peaks from which the plan is calibrated
@@ -57,18 +44,7 @@ _GROWN = 1.1  # as often as there are so many times more, as the time that it ta
 _SURE = 0.8  # probability of fitting below which a baseline waits until more is known
 _UNSURE = 0.3  # and then is not measured
 _UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
-_PARTS = 8  # into which what lies between two contexts is cut: three halvings find the part where a choice changes
 _WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
-
-
-class Watch(Protocol):
-    """Who is told how the run goes."""
-
-    def phase(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
-    def record(self, record: Record) -> None: ...
-    def gain(self, open_share: float) -> None: ...
 
 
 class NothingFits(Exception):
@@ -100,7 +76,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             chosen, baselines = _finalists(search, candidates, request.reloads, completing_s)
             end = request.started + request.timeout_s
             until = min(end, search.now() + FINAL_SHARE * request.timeout_s)
-            _finals(search, trials, chosen, baselines, watch, until, end, request.reloads)
+            measure_finals(search, trials, chosen, baselines, watch, until, end, request.reloads)
             chosen |= _boundaries(request, search, trials, info, chosen, baselines, watch)
         except KeyboardInterrupt:
             watch.note("stopped: finishing with what was measured")
@@ -325,12 +301,7 @@ def _facts(identity: dict[str, Any], text: dict[str, Any], environment: dict[str
 
 def _lengths(contexts: Iterable[int]) -> list[int]:
     """The contexts and every length between them at which a boundary may be looked for."""
-    return sorted({*contexts, *(length for pair in pairwise(sorted(contexts)) for length in _between(*pair))})
-
-
-def _between(low: int, high: int) -> list[int]:
-    """The lengths that cut what lies between two contexts into equal parts; none where there is too little to cut."""
-    return [low + (high - low) * part // _PARTS for part in range(1, _PARTS)] if high - low >= _PARTS else []
+    return sorted({*contexts, *(length for pair in pairwise(sorted(contexts)) for length in lengths_between(*pair))})
 
 
 def input_files(folder: Path, workload: Workload) -> Inputs:
@@ -434,7 +405,7 @@ def _search(
 
     def on_record(record: Record) -> None:
         foresight.learn(record)
-        search.deadline = end - _reserve(search, request, info["reference"]["took_s"])
+        search.deadline = end - reserve(search, request, info["reference"]["took_s"])
         watch.record(record)
 
     search.on_record = on_record
@@ -511,38 +482,6 @@ class Foresight:
         )
 
 
-def _reserve(search: Search, request: Request, reference_s: float) -> float:
-    """Seconds that the finalists, a contender, baselines that wait and a look for each boundary will take.
-
-    At most two fifths of the run.
-    """
-    stock, ours, lacking = 0.0, 0.0, 0
-    for context in search.workload.contexts:
-        here = [r for (_, at), r in search.known.items() if at == context and r.tokens_per_s]
-        sides = [r for r in here if r.stage == "baseline"], [r for r in here if r.outcome == "ok"]
-        fastest = [[max(side, key=lambda r: r.tokens_per_s or 0)] if side else [] for side in sides]
-        stock += sum(r.measure_s or 0 for r in fastest[0])
-        ours += sum(r.measure_s or 0 for r in fastest[1])
-        lacking += not sides[0]
-    longest = max((r.measure_s or 0 for r in search.known.values()), default=0.0)
-    load = max((r.load_s or 0 for r in search.known.values()), default=0) + 6
-    chosen = choose(list(search.known.values()), search.workload, request.reloads)
-    loads = 1 + max(1, len({configuration.load_group for configuration in chosen.values()}))
-    turn = _CARE_OVER_LOOK * (stock + ours) + loads * load
-    rival = _CARE_OVER_LOOK * ours
-    other = {} if request.reloads else contender(list(search.known.values()), search.workload, chosen)
-    if other:
-        turn += _seconds(search, [(c, context) for context, c in other.items()]) + load
-    finals = max(turn + rival, min(FINAL_ROUNDS * (turn + RIVALS * rival), FINAL_SHARE * request.timeout_s))
-    finals += lacking * (1 + FINAL_ROUNDS) * longest + bool(lacking) * load
-    looks = [
-        _seconds(search, [(chosen[low], high), (chosen[high], high), (chosen[low], high)], load=True)
-        for low, high in _changes(chosen, search.workload)
-    ]
-    finals += longest  # the search's last look may begin right before its end
-    return min(request.timeout_s * 0.4, finals + sum(looks) + (reference_s if looks else 0))
-
-
 def _stock(full_precision: str, space: Space) -> list[Configuration]:
     """What a user would run without tuning: unquantized, else nf4, else nf4 with the head in nf4; stock otherwise."""
     words = [full_precision, "bnb-nf4"]
@@ -611,163 +550,6 @@ def _choice(
     return choose(list(search.known.values()), search.workload, reloads), baselines
 
 
-def _finals(
-    search: Search,
-    trials: Trials,
-    chosen: dict[int, Configuration],
-    baselines: dict[int, Configuration],
-    watch: Watch,
-    until: float,
-    end: float,
-    reloads: bool,
-) -> None:
-    """Chosen, contender, baseline, and again, each in a fresh worker; no baseline where it is what was chosen.
-
-    The contender is another load group that may be as fast, where there is one and time for it before the `end` of the
-    run. It has no second turn where it fell behind, or where there is only time for the others. Right after the chosen
-    and the contender of a context come their rivals, in the same worker: what may be as fast, in the next turn what
-    still is. Where what is left of the time `until` is less than the turns before took, there is no other. One turn
-    there is as far as there is time before the `end`, with a rival for each context where it has room before that.
-    """
-    workload, objective = search.workload, search.workload.objective
-    other = {} if reloads else contender(list(search.known.values()), workload, chosen)
-    sides = {"chosen": chosen, "contender": other}
-    sides = {name: {c: ours.at(c) for c, ours in side.items()} for name, side in sides.items()}
-    others = _rivals(search, sides["chosen"], sides["contender"], baselines, until, end)
-    if "contender" not in others:
-        del sides["contender"]
-    if sides["chosen"] != baselines:
-        sides["baseline"] = baselines
-    finals: list[Record] = []
-    took = dict.fromkeys(sides, 0.0)
-
-    def again(configuration: Configuration, context: int) -> Record:
-        record = search.measure(configuration, context, "final")
-        search.studies.keep(record)
-        watch.record(record)
-        finals.append(record)
-        return record
-
-    for turn in range(FINAL_ROUNDS):
-        left = until - search.now()
-        if turn and sum(took[name] for name in sides if name != "contender") / turn > left:
-            watch.note(f"no time to measure the chosen again more than {turn} of {FINAL_ROUNDS} times: raise --timeout")
-            return
-        if turn and "contender" in sides:
-            keeping_up = keeps_up(finals, sides["contender"], sides["chosen"], workload)
-            if not keeping_up or sum(took.values()) / turn > left:
-                del sides["contender"], took["contender"]
-        if turn:
-            for plan in others.values():
-                for c, planned in plan.items():
-                    plan[c] = [r for r in planned if r in tied(finals, r.load_group, c, objective)]
-        for name, side in sides.items():
-            began = search.now()
-            trials.close()
-            for context in sorted(side, key=lambda c: (str(side[c].load_group), c)):
-                if search.now() >= end:
-                    watch.note(f"no time to measure the {name} again at {context} tokens: raise --timeout")
-                    return
-                watch.phase(f"measuring the {name} again, {turn + 1} of {FINAL_ROUNDS}")
-                ours = again(side[context], context)
-                for rival in others[name][context] if name in others and search.now() < end else []:
-                    watch.phase(f"measuring what may be as fast, {turn + 1} of {FINAL_ROUNDS}")
-                    if _known(search, rival, context) is None:  # a look first: most are not worth more
-                        look = search.measured(rival, context)
-                        if look.outcome != "ok" or ours.outcome != "ok" or not near([look], [ours], objective):
-                            continue
-                    again(rival, context)
-            took[name] += search.now() - began
-
-
-def _rivals(
-    search: Search,
-    chosen: dict[int, Configuration],
-    other: dict[int, Configuration],
-    baselines: dict[int, Configuration],
-    until: float,
-    end: float,
-) -> dict[str, dict[int, list[Configuration]]]:
-    """What is measured again beside the chosen, and beside the contender where that is measured itself, per context.
-
-    First what the other load group has learnt, then what the search found as fast and what it never measured there, in
-    turns: one for each context where there is time for one turn before the `end`, then the contender and one for each
-    of its contexts likewise, more where there is for all turns within `until`.
-    """
-    sides = {"chosen": chosen, "contender": other} if other else {"chosen": chosen}
-    offers: dict[str, dict[int, list[Configuration]]] = {}
-    for name, side in sides.items():
-        across = {"chosen": other, "contender": chosen}[name]
-        offers[name] = {}
-        for context, leader in side.items():
-            known = rivals(list(search.known.values()), leader, context, search.workload.objective)
-            elsewhere = [c.at(context) for c in side.values() if c.load_group == leader.load_group]
-            learnt = _learnt(search, leader, across.get(context), context)
-            mixed = zip_longest(known, [*learnt[1:], *_untried(search, leader, elsewhere, context)])
-            offered = dict.fromkeys([*learnt[:1], *(c for pair in mixed for c in pair)])
-            offers[name][context] = [c for c in offered if c not in (None, baselines.get(context))]
-    room = [end - search.now(), *[(until - search.now()) / FINAL_ROUNDS] * (RIVALS - 1)]
-    seconds = {
-        name: _seconds(search, [(c, context) for context, c in side.items()], load=True)
-        for name, side in {**sides, "baseline": baselines}.items()
-    }
-    spent = seconds["chosen"] + seconds["baseline"] * (chosen != baselines)
-    found: dict[str, dict[int, list[Configuration]]] = {"chosen": {context: [] for context in chosen}}
-    for rank in range(RIVALS):
-        for name, side in sides.items():
-            if name not in found:
-                if spent + seconds[name] > room[rank]:
-                    continue
-                spent += seconds[name]
-                found[name] = {context: [] for context in side}
-            for context, leader in side.items():
-                for offer in list(offers[name][context]):
-                    looks = 1 + (_known(search, offer, context) is None)
-                    takes = looks * _seconds(search, [(leader, context)])
-                    if spent + takes <= room[rank]:
-                        found[name][context].append(offer)
-                        offers[name][context].remove(offer)
-                        spent += takes
-                        break
-    return found
-
-
-def _learnt(search: Search, leader: Configuration, across: Configuration | None, context: int) -> list[Configuration]:
-    """The leader with the settings that lead with the other load group, then with the next depths of the space.
-
-    What is known not to be near the leader here has nothing to teach. A draft is carried over unless one of the two is
-    a model.
-    """
-    found = []
-    ours, theirs = (_known(search, c, context) if c is not None else None for c in (leader, across))
-    behind = ours and theirs and not near([theirs], [ours], search.workload.objective)
-    if across is not None and not behind:
-        knobs = ["cache", "prefill_chunk", "launch"]
-        if across.has_draft_model == leader.has_draft_model:
-            knobs += ["depth", "speculation"] + ["draft"] * (not leader.has_draft_model)
-        found.append(leader.replace(**{knob: getattr(across, knob) for knob in knobs}))
-    if leader.depth:
-        depths = sorted(search.space.choices.get("depth", ()))
-        deeper, less = [d for d in depths if d > leader.depth], [d for d in depths if d < leader.depth]
-        found += [leader.replace(depth=depth) for depth in (*deeper[:1], *less[-1:])]
-    return _new(search, found, leader, context)
-
-
-def _untried(
-    search: Search, leader: Configuration, elsewhere: list[Configuration], context: int
-) -> list[Configuration]:
-    """The leader with its cache, chunks, launch or all of them stock, and what leads elsewhere; simplest first."""
-    stock = {knob: getattr(Configuration(), knob) for knob in ("cache", "prefill_chunk", "launch")}
-    changed = {leader.replace(**stock), *(leader.replace(**{knob: word}) for knob, word in stock.items())}
-    return sorted(_new(search, {*changed, *elsewhere}, leader, context), key=lambda c: c.simplicity)
-
-
-def _new(search: Search, offered: Iterable[Configuration], leader: Configuration, context: int) -> list[Configuration]:
-    """What of it was not measured here, can fit and is in the space."""
-    legal = [c for c in dict.fromkeys(offered) if c != leader and search.space.parameters(c) is not None]
-    return [c for c in legal if _known(search, c, context) is None and not search.hopeless(c, context)]
-
-
 def _boundaries(
     request: Request,
     search: Search,
@@ -786,11 +568,11 @@ def _boundaries(
     standing = settle(records, chosen, baselines, request.workload, request.reloads)
     until = request.started + request.timeout_s - info["reference"]["took_s"]
     found: dict[int, Configuration] = {}
-    for low, high in _changes(standing, request.workload):
+    for low, high in changes(standing, request.workload):
         ours, theirs = standing[low], standing[high]
-        until -= _seconds(search, [(ours, high)], load=True)  # to measure it again at its end
+        until -= seconds_for(search, [(ours, high)], load=True)  # to measure it again at its end
         watch.phase(f"looking between {low} and {high} for where the choice changes")
-        length = _bisect(search, (low, ours), (high, theirs), until)
+        length = bisect(search, (low, ours), (high, theirs), until)
         if length > low:
             found[length] = ours
     unscored = [length for length in found if search.known[found[length], length].perplexity_ratio is None]
@@ -813,56 +595,6 @@ def _boundaries(
             search.measured(found[length], length, "boundary", again=True)
             Path(paths[length]).unlink()
     return {length: ours for length, ours in found.items() if search.known[ours, length].outcome == "ok"}
-
-
-def _changes(chosen: dict[int, Configuration], workload: Workload) -> list[tuple[int, int]]:
-    """Neighbouring contexts whose choices differ, but not in what they load: both can be measured side by side.
-
-    Where the longer one's does the same at the shorter one, nothing changes between them.
-    """
-    pairs = [pair for pair in pairwise(sorted(workload.contexts)) if all(context in chosen for context in pair)]
-    return [
-        (low, high)
-        for low, high in pairs
-        if chosen[low].at(low) != chosen[high].at(low) and chosen[low].load_group == chosen[high].load_group
-    ]
-
-
-def _bisect(search: Search, lower: tuple[int, Configuration], upper: tuple[int, Configuration], until: float) -> int:
-    """The longest length at which the lower context's choice was at least as fast as the upper's, within error."""
-    (low, ours), (high, theirs) = lower, upper
-    lengths = [low, *_between(low, high)]
-    left, right = 0, len(lengths)
-    while right - left > 1:
-        middle = (left + right) // 2
-        length = lengths[middle]
-        if search.now() + _seconds(search, [(ours, high), (theirs, high)]) > until:
-            break
-        if search.fits(ours, length):
-            right = middle
-            continue
-        first, second = (search.measured(configuration, length, "boundary") for configuration in (ours, theirs))
-        sound = [record.outcome == "ok" for record in (first, second)]
-        one_sided = (math.inf,) * 3 if sound[0] else (0.0,) * 3
-        _, least, most = speedup([first], [second], search.workload.objective) if all(sound) else one_sided
-        left, right = (left, middle) if most < 1 else (middle, right)
-        if least <= 1 <= most:
-            break
-    return lengths[left]
-
-
-def _known(search: Search, configuration: Configuration, context: int) -> Record | None:
-    """What the search measured of the same thing."""
-    same = (r for (c, at), r in search.known.items() if at == context and c.at(at) == configuration.at(at))
-    return next(same, None)
-
-
-def _seconds(search: Search, pairs: list[tuple[Configuration, int]], load: bool = False) -> float:
-    """What measuring these took, or what measuring anything took at most; with the load."""
-    known = [_known(search, *pair) for pair in pairs]
-    longest = max((r.measure_s or 0 for r in search.known.values()), default=0.0)
-    seconds = sum((r.measure_s or 0) if r is not None else longest for r in known)
-    return _CARE_OVER_LOOK * seconds + (max((r.load_s or 0 for r in known if r is not None), default=0.0) + 6) * load
 
 
 def conclude(

@@ -32,7 +32,7 @@ from autotune.config import Configuration
 from autotune.export import load_text, settings_text
 from autotune.policy import Policy, PolicyError, Rule, load_of, read_policy, settings_of, to_configuration
 
-COMMAND = [sys.executable, "-m", "autotune.cli", "run"]
+COMMAND = [sys.executable, "-m", "autotune", "run"]
 QUICK = "--budget 6.5GB --space quick --contexts 512,2k --timeout 150s --device cpu"
 BAR = 0.9  # share of the repeats that have to agree
 

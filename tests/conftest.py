@@ -77,3 +77,18 @@ def _do_not_wait_for_the_disk() -> Iterator[None]:
     sqlalchemy.event.listen(sqlalchemy.Engine, "connect", faster)
     yield
     sqlalchemy.event.remove(sqlalchemy.Engine, "connect", faster)
+
+
+class Quiet:
+    """Who is told how a run goes, and keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def phase(self, text: str) -> None: ...
+    def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
+    def record(self, record: Record) -> None: ...
+    def gain(self, open_share: float) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

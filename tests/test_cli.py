@@ -166,7 +166,7 @@ def test_a_model_folder_that_does_not_exist_is_refused(run: Run) -> None:
 
 def test_an_id_that_the_hub_does_not_give_is_refused(tmp_path: Path) -> None:
     asked = subprocess.run(
-        [sys.executable, "-m", "autotune.cli", "run", "--model", "no-such/model", "--budget", "2GB"],
+        [sys.executable, "-m", "autotune", "run", "--model", "no-such/model", "--budget", "2GB"],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
         capture_output=True,
         text=True,

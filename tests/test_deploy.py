@@ -497,7 +497,7 @@ def test_a_policy_of_another_place_is_refused_with_what_to_mend(tmp_path: Path) 
 
 def test_generate_keeps_the_budget_and_prints_the_text(tmp_path: Path) -> None:
     write_policy(policy(), tmp_path / "policy.json")
-    command = [sys.executable, "-m", "autotune.cli", "generate", str(tmp_path / "policy.json"), "--prompt", "-"]
+    command = [sys.executable, "-m", "autotune", "generate", str(tmp_path / "policy.json"), "--prompt", "-"]
     done = subprocess.run(command, input="def main():", capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip()
     assert "tokens/s" in done.stderr

@@ -650,7 +650,7 @@ def test_the_models_name_is_its_folders_or_the_hubs() -> None:
 
 def test_a_served_policy_answers_a_conversation_that_crosses_a_rule_boundary(tmp_path: Path) -> None:
     write_policy(policy(longest=128), tmp_path / "policy.json")
-    command = [sys.executable, "-m", "autotune.cli", "serve", str(tmp_path / "policy.json"), "--port", "0"]
+    command = [sys.executable, "-m", "autotune", "serve", str(tmp_path / "policy.json"), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
