@@ -690,13 +690,7 @@ def _did_not_load(record: Record) -> bool:
 def complete(search: Search, group: LoadGroup) -> None:
     """Give a load group a record at every context, from the knobs that won elsewhere, its draft used and idle."""
     for context in search.workload.contexts:
-        best = [
-            record.configuration
-            for record in sorted(
-                (r for r in search.known.values() if r.outcome == "ok" and r.configuration.load_group == group),
-                key=lambda record: -record.rate(search.workload.objective),
-            )
-        ]
+        best = [record.configuration for record in _fastest(search, group)]
         for candidate in list(dict.fromkeys(best))[:_TRIES]:
             if also(search, candidate, context) == "ok":
                 break
@@ -707,10 +701,15 @@ def complete(search: Search, group: LoadGroup) -> None:
 def idle(search: Search, group: LoadGroup) -> Iterator[tuple[Configuration, int]]:
     """What is fastest of a load group at each context, with its draft model idle."""
     for context in search.workload.contexts if group.draft != "none" else ():
-        here = (r for (_, at), r in search.known.items() if at == context and r.outcome == "ok")
-        rates = {r.rate(search.workload.objective): r for r in here if r.configuration.load_group == group}
-        if rates:
-            yield rates[max(rates)].configuration.replace(depth=0), context
+        here = [record for record in _fastest(search, group) if record.context_tokens == context]
+        if here:
+            yield here[0].configuration.replace(depth=0), context
+
+
+def _fastest(search: Search, group: LoadGroup) -> list[Record]:
+    """The sound records of a load group, the fastest first."""
+    sound = (r for r in search.known.values() if r.outcome == "ok" and r.configuration.load_group == group)
+    return sorted(sound, key=lambda record: -record.rate(search.workload.objective))
 
 
 def also(search: Search, configuration: Configuration, context: int) -> str:
