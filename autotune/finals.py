@@ -82,12 +82,16 @@ def measure_finals(
                     return
                 watch.phase(f"measuring the {name} again, {turn + 1} of {FINAL_ROUNDS}")
                 ours = again(side[context], context)
-                for rival in others[name][context] if name in others and search.now() < end else []:
+                for rival in others[name][context] if name in others else []:
+                    if search.now() >= end:
+                        break
                     watch.phase(f"measuring what may be as fast, {turn + 1} of {FINAL_ROUNDS}")
                     if _known(search, rival, context) is None:  # a look first: most are not worth more
                         look = search.measured(rival, context)
                         if look.outcome != "ok" or ours.outcome != "ok" or not near([look], [ours], objective):
                             continue
+                        if search.now() >= end:
+                            break
                     again(rival, context)
             took[name] += search.now() - began
 

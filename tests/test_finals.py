@@ -40,6 +40,7 @@ class Finals:
         *,
         end: float = 0.0,
         turn: float = 20.0,
+        takes: float = 10.0,
         contexts: tuple[int, ...] = (512,),
         looks: dict[Configuration, float] | None = None,
         again: dict[Configuration, float] | None = None,
@@ -59,7 +60,7 @@ class Finals:
 
         def measure(configuration: Configuration, context: int, stage: str) -> Record:
             self.calls.append((NAMES.get(configuration, "another"), context, stage))
-            self.now += 10
+            self.now += takes if stage == "final" else 10
             rate = (rates if stage == "final" else searched).get(configuration, 10.0)
             outcome = "wrong_output" if stage == "final" and configuration == failing else "ok"
             figures: dict[str, Any] = {"measure_s": 10 / 1.1, "load_s": 0.0, "stage": stage, "outcome": outcome}
@@ -140,6 +141,17 @@ def test_no_final_begins_after_the_end_of_the_run(tmp_path: Path, end: float, na
     lacking = told.get(end, "chosen again at 512 tokens")
     assert finals.watch.notes == [f"no time to measure the {lacking}: raise --timeout"]
     assert set(finals.settled) == {512}
+
+
+@pytest.mark.parametrize(
+    ("takes", "names"), [(500.0, FIRST[:2]), (490.0, FIRST[:4]), (489.0, FIRST[:5]), (1000.0, FIRST[:1])]
+)
+def test_no_rival_begins_after_the_end_where_finals_take_longer_than_their_looks_did(
+    tmp_path: Path, takes: float, names: list[str]
+) -> None:
+    finals = Finals(tmp_path, 1000.0, takes=takes)
+    assert finals.names == names
+    assert finals.watch.notes == ["no time to measure the baseline again at 512 tokens: raise --timeout"]
 
 
 def test_one_rival_for_each_context_has_until_the_end_of_the_run(tmp_path: Path) -> None:
