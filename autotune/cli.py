@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .policy import Policy
     from .request import Request
 
+WRITTEN = "policy.json, report.html, trials.csv"
 EXAMPLES = {
     "run": "autotune run --model ./Llama-3-8B --draft ./Llama-3.2-1B --budget 6.5GB --contexts 512,2k,4k",
     "plan": "autotune plan --model ./Llama-3-8B --budget 6.5GB --contexts 2k,16k",
@@ -174,7 +176,10 @@ def _command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
     help="Begin with what finished runs beside --out, of this model or one like it, let expect.",
 )
 def run(**options: Any) -> None:
-    """Search, measure, and write a policy with its report. The same command again continues."""
+    """Search, measure, and write a policy with its report. The same command again continues.
+
+    Ctrl-C, or SIGTERM, ends it with the best so far.
+    """
     from rich.console import Console
 
     from .progress import Display
@@ -186,12 +191,13 @@ def run(**options: Any) -> None:
     console.print(
         f"{request.model.name} on {budget.device}, budget {mib(budget.bytes)}, into {request.out}", markup=False
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how Docker, Slurm and kill ask for an end
     with _plain_errors(), Display(console, request.workload.objective, request.timeout_s) as display:
         policy = tune(request, display)
     if policy is None:
         raise _answer_is_no(f"no configuration was feasible; {request.out}/report.html says why each was not")
     _print_policy(policy, console)
-    console.print(f"\n{request.out}/policy.json, report.html, trials.csv", markup=False)
+    console.print(f"\n{request.out}/{WRITTEN}", markup=False)
 
 
 @_command("plan")
@@ -210,12 +216,21 @@ def plan(as_json: bool, by_layer: bool, **options: Any) -> None:
 @_command("report")
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
-    """Write report.html, trials.csv and policy.json again from what is stored."""
+    """Write report.html, trials.csv and policy.json again from what is stored.
+
+    Of a run that was killed, or that goes on beside this, they tell the best so far.
+    """
+    from .results import read_info
     from .run import conclude
 
     with _plain_errors():
-        conclude(folder)
-    click.echo(f"{folder}/report.html")
+        policy = conclude(folder)
+        ended = "choice" in read_info(folder)
+    if policy is None:
+        so_far = "" if ended else " so far"
+        click.echo(f"no configuration was feasible{so_far}; {folder}/report.html says why each was not")
+        return
+    click.echo(f"{folder}/{WRITTEN}{'' if ended else ': the best so far of a run that has not ended'}")
 
 
 @_command("export")

@@ -30,9 +30,9 @@ from .policy import (
 from .report import write_report
 from .report_view import RunData
 from .request import Request, Watch, check_inputs
-from .results import RunError, frame, read_info, read_records, read_run, storage_url
+from .results import Run, RunError, frame, read_info, read_records, read_run, storage_url
 from .space import Space
-from .study import Search, Studies, also, complete, importances
+from .study import COMPARABLE, Search, Studies, also, complete, importances, joined
 from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
 
 COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
@@ -62,8 +62,6 @@ def tune(request: Request, watch: Watch) -> Policy | None:
     info = _prepare_folder(request, watch)
     studies = Studies(_url(request), request.study, info["identity"], request.workload.contexts, request.seed)
     with Trials(str(request.model), request.workload, request.budget, request.out, watch.phase) as trials:
-        chosen: dict[int, Configuration] = {}
-        baselines: dict[int, Configuration] = {}
         try:
             info, space = _prepare(request, trials, info, watch)
             search = _search(request, space, shapes, studies, trials, info, watch)
@@ -80,8 +78,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
             chosen |= _boundaries(request, search, trials, info, chosen, baselines, watch)
         except KeyboardInterrupt:
             watch.note("stopped: finishing with what was measured")
-            if "search" in locals():
-                chosen, baselines = _choice(search, candidates, request.reloads)
+            return conclude(request.out)
     return conclude(request.out, chosen, baselines)
 
 
@@ -141,6 +138,7 @@ def _prepare_folder(request: Request, watch: Watch) -> dict[str, Any]:
                 "or repeat the first command to continue it"
             )
         info["reloads"] = request.reloads  # what was measured serves both choices
+        info.pop("choice", None)  # until this one ends
         _write(path, info)
         return info
     info = {
@@ -597,17 +595,37 @@ def _boundaries(
     return {length: ours for length, ours in found.items() if search.known[ours, length].outcome == "ok"}
 
 
+def _stored_choice(run: Run) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
+    chosen, baselines = (
+        {int(context): Configuration(**knobs) for context, knobs in run.info["choice"][side].items()}
+        for side in ("chosen", "baselines")
+    )
+    return chosen, baselines
+
+
+def _so_far(run: Run) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
+    """The choice by what a run that has not ended has measured, and the baselines that it has."""
+    known: dict[tuple[Configuration, int], Record] = {}
+    baselines: dict[int, Configuration] = {}
+    for record in run.records:
+        pair = record.configuration, record.context_tokens
+        if record.stage != "final":
+            known[pair] = joined(known.get(pair), record)
+        if record.stage == "baseline" and record.outcome in COMPARABLE:
+            baselines.setdefault(record.context_tokens, record.configuration)
+    return choose(list(known.values()), run.workload, run.info.get("reloads", False)), baselines
+
+
 def conclude(
     out: Path, chosen: dict[int, Configuration] | None = None, baselines: dict[int, Configuration] | None = None
 ) -> Policy | None:
-    """Write what derives from the storage: policy.json, trials.csv and report.html."""
+    """Write what derives from the storage: policy.json, trials.csv and report.html.
+
+    Without a choice it is that of the run's end or, where it has not ended, what is best so far.
+    """
     run = read_run(out)
     if chosen is None or baselines is None:
-        stored = run.info.get("choice", {"chosen": {}, "baselines": {}})
-        chosen, baselines = (
-            {int(context): Configuration(**knobs) for context, knobs in stored[side].items()}
-            for side in ("chosen", "baselines")
-        )
+        chosen, baselines = _stored_choice(run) if "choice" in run.info else _so_far(run)
     else:
         run.info["choice"] = {
             side: {str(context): dataclasses.asdict(configuration) for context, configuration in picked.items()}

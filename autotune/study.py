@@ -43,6 +43,7 @@ _LOADING = "while loading"  # how the reason of a record starts whose load group
 _TRIES = 3  # winners elsewhere that are tried at a context before the load group is left without a record there
 _FINISHED = 10  # trials of a context from which importances are told
 _TOO_LARGE = ("over_budget", "out_of_memory")
+COMPARABLE = ("ok", "quality_loss", "unstable")  # of a baseline, which need not be recommendable to be compared with
 _POOL = 4000  # configurations up to which a space is weighed whole
 _DRAWN = 1000  # configurations of a larger one that are drawn at a time
 _CENTRES = 2  # of the fastest at a context whose neighbours are weighed as well
@@ -128,6 +129,13 @@ class Studies:
             study.tell(trial, [record.rate(workload.objective), ratio])
 
 
+def joined(before: Record | None, record: Record) -> Record:
+    """What is known of a pair after one more look: both as one where both were sound, else the later."""
+    if before is not None and before.outcome == record.outcome == "ok" and before.samples and record.samples:
+        return pooled(before, record)
+    return record
+
+
 @dataclass
 class Search:
     """One run's search, over all its contexts."""
@@ -196,7 +204,7 @@ class Search:
     def baseline_of(self, context: int, candidates: list[Configuration]) -> Record | None:
         for candidate in candidates:
             record = self.known.get((candidate, context))
-            if record is not None and record.outcome in ("ok", "quality_loss", "unstable"):
+            if record is not None and record.outcome in COMPARABLE:
                 return record
         return None
 
@@ -276,11 +284,9 @@ class Search:
     def learn(self, record: Record) -> None:
         """Know a record; with what was known of the same pair, where that was looked at before."""
         pair = record.configuration, record.context_tokens
-        before = self.known.get(pair)
-        if before is not None and before.outcome == record.outcome == "ok" and before.samples and record.samples:
+        self.known[pair] = joined(self.known.get(pair), record)
+        if self.known[pair] is not record:
             self.again.append(record)
-            record = pooled(before, record)
-        self.known[pair] = record
 
     def measured(
         self, configuration: Configuration, context: int, stage: str = "search", again: bool = False

@@ -29,7 +29,7 @@ from autotune.config import Budget, Configuration, Record, Workload
 from autotune.demo import TARGET
 from autotune.plan import read_shape
 from autotune.policy import Policy, read_policy, schema
-from autotune.results import frame, read_records
+from autotune.results import frame, read_records, read_run
 from autotune.space import Space, read_space
 from autotune.study import Search, Studies
 from autotune.trial import Inputs, WorkerFailed
@@ -161,6 +161,16 @@ def test_a_run_that_is_killed_leaves_no_worker_and_keeps_what_it_measured(killed
     assert workers(folder) == []
 
 
+def test_a_report_of_a_killed_run_has_a_policy_by_what_it_measured(killed: tuple[Path, int, list[int]]) -> None:
+    run = killed[0] / "run"
+    wrote = f"{run}/policy.json, report.html, trials.csv: the best so far of a run that has not ended\n"
+    assert finish(command("report", str(run))) == wrote
+    policy = read_policy(run / "policy.json")
+    assert [rule.max_context_tokens for rule in policy.rules] == [64, 128]
+    assert [baseline.context_tokens for baseline in policy.baseline] == [64, 128]
+    assert [policy.configuration(rule) for rule in policy.rules] == [r.configuration for r in read_run(run).records]
+
+
 def test_the_same_command_continues_a_killed_run_and_measures_nothing_twice(
     killed: tuple[Path, int, list[int]], finished: tuple[Path, str]
 ) -> None:
@@ -213,7 +223,7 @@ def test_report_and_export_rebuild_from_what_is_stored(finished: tuple[Path, str
     before = {name: (run / name).read_bytes() for name in names}
     for name in names:
         (run / name).unlink()
-    assert finish(command("report", str(run))) == f"{run}/report.html\n"
+    assert finish(command("report", str(run))) == f"{run}/policy.json, report.html, trials.csv\n"
     assert {name: (run / name).read_bytes() for name in names} == before
     assert finish(command("export", str(run))).encode() == before["policy.json"]
     finish(command("export", str(run), "--format", "csv", "--to", str(tmp_path / "a.csv")))
@@ -251,7 +261,7 @@ def test_a_storage_of_another_workload_is_refused(finished: tuple[Path, str], tm
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_ends_with_the_best_so_far_and_after_a_text_that_was_too_short_nothing_is_in_the_way(
+def test_ctrl_c_or_sigterm_ends_with_the_best_so_far_and_after_a_text_that_was_too_short_nothing_is_in_the_way(
     tmp_path: Path,
 ) -> None:
     folder = prepare(tmp_path)
@@ -262,15 +272,16 @@ def test_ctrl_c_ends_with_the_best_so_far_and_after_a_text_that_was_too_short_no
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if "--text holds" in line and "longer file" in line]) == 1
 
-    process, _ = start(folder, "#3 ")
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert "stopped: finishing with what was measured" in said
-    assert workers(folder) == []
-    policy = read_policy(folder / "run" / "policy.json")
-    assert [rule.max_context_tokens for rule in policy.rules] == [64, 128]
-    assert len(rows(folder)) == stored(folder) == 2
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        process, _ = start(folder, "#3 ")
+        process.send_signal(asked)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+        assert "stopped: finishing with what was measured" in said
+        assert workers(folder) == []
+        policy = read_policy(folder / "run" / "policy.json")
+        assert [rule.max_context_tokens for rule in policy.rules] == [64, 128]
+        assert len(rows(folder)) == stored(folder) == 2
 
 
 # Boundaries -----------------------------------------------------------------------------------------------------------
