@@ -12,11 +12,12 @@ from rich.text import Text
 
 from .config import OBJECTIVES, Configuration, Objective, Record, mib
 from .report_view import describe
+from .request import Watch
 
 UNITS: dict[Objective, str] = dict(zip(OBJECTIVES, ("tokens/s", "decode tokens/s", "first tokens/s"), strict=True))
 
 
-class Display:
+class Display(Watch):
     """The trial, what is happening, the best so far per context, and the time left. Use as a context manager."""
 
     def __init__(self, console: Console, objective: Objective, timeout_s: float):
@@ -54,7 +55,7 @@ class Display:
             self._line(f"#{self.measured + 1} {stage} at {self.now}{self._open()}")
 
     def gain(self, open_share: float) -> None:
-        """The share of the possible gain that is still open, as study.Outlook expects it."""
+        """The share of the possible gain that is still open, as outlook.Outlook expects it."""
         self.open_share = open_share
 
     def record(self, record: Record) -> None:

@@ -24,8 +24,8 @@ import numpy as np
 
 from autotune import plan
 from autotune.config import Configuration, LoadGroup, Record
+from autotune.outlook import with_idle
 from autotune.space import Space
-from autotune.study import with_idle
 from autotune.surrogate import Belief, Pool, footprint_belief, rate_belief
 
 from .search_regret import Line, Sweep, read_sweep

@@ -56,6 +56,7 @@ from autotune import plan, run
 from autotune.config import Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib, parse_bytes, per_round
 from autotune.measure.throughput import hopeless, summarize
 from autotune.policy import best_group, choose
+from autotune.request import Watch
 from autotune.results import frame
 from autotune.space import Space, Suggests
 from autotune.study import Studies
@@ -309,14 +310,6 @@ class Replay:
         return record
 
 
-class Quiet:
-    def phase(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
-    def record(self, record: Record) -> None: ...
-    def gain(self, open_share: float) -> None: ...
-
-
 def search(
     sweep: Sweep, budget: int, seed: int, limit_s: float, beside: Path | None = None
 ) -> tuple[dict[int, Configuration], Replay]:
@@ -343,7 +336,7 @@ def search(
     studies = Studies(storage, request.study, {}, sweep.workload.contexts, seed)
     trials: Any = replay
     header = sweep.header | run_info(sweep)
-    searching = run._search(request, sweep.space, sweep.shapes, studies, trials, header, Quiet())
+    searching = run._search(request, sweep.space, sweep.shapes, studies, trials, header, Watch())
     searching.now = lambda: replay.now
     completing_s = min(run.COMPLETING_S, run.COMPLETING_SHARE * limit_s)
     searching.deadline = limit_s - completing_s

@@ -39,7 +39,7 @@ import click
 from autotune import plan, run
 from autotune.config import Budget, Configuration, LoadGroup, Record, Workload, mib, parse_tokens
 from autotune.demo import DRAFT, TARGET
-from autotune.request import check_inputs
+from autotune.request import Watch, check_inputs
 from autotune.results import RunError
 from autotune.space import Space, SpaceError, read_space
 from autotune.trial import Trials
@@ -51,13 +51,8 @@ OWN = ("shard", "device")  # of these, what parts of one sweep do not share
 Pair = tuple[Configuration, int]
 
 
-class Quiet:
-    """A run's watch that says what it is told on stderr, phases left out."""
-
-    def phase(self, text: str) -> None: ...
-    def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
-    def record(self, record: Record) -> None: ...
-    def gain(self, open_share: float) -> None: ...
+class Notes(Watch):
+    """Says on stderr what a run notes."""
 
     def note(self, text: str) -> None:
         if text:
@@ -224,7 +219,7 @@ def sweep(
     deadline = request.started + request.timeout_s
     with Trials(str(request.model), request.workload, request.budget, request.out, stamps) as trials:
         identity = {"model": run.fingerprint(request.model)}
-        info, space = run._prepare(request, trials, {"identity": identity}, Quiet())
+        info, space = run._prepare(request, trials, {"identity": identity}, Notes())
         names = {str(draft): f"draft{number}" for number, draft in enumerate(request.drafts, 1)}
         paths = {name: path for path, name in names.items()}
         precision = info["environment"]["full_precision"]

@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy
 
 from autotune.config import MIB, Configuration, Outcome, Record
+from autotune.request import Watch
 
 MakeRecord = Callable[..., Record]
 
@@ -79,16 +80,11 @@ def _do_not_wait_for_the_disk() -> Iterator[None]:
     sqlalchemy.event.remove(sqlalchemy.Engine, "connect", faster)
 
 
-class Quiet:
-    """Who is told how a run goes, and keeps the notes."""
+class Notes(Watch):
+    """Keeps what a run notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-
-    def phase(self, text: str) -> None: ...
-    def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
-    def record(self, record: Record) -> None: ...
-    def gain(self, open_share: float) -> None: ...
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from conftest import Quiet, synthetic_record
+from conftest import Notes, synthetic_record
 
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.finals import _learnt, _rivals, measure_finals, reserve
@@ -54,7 +54,7 @@ class Finals:
     ):
         self.url = f"sqlite:///{folder / 'study.db'}"
         self.calls: list[tuple[str, int, str]] = []
-        self.now, self.watch, self.trials = 0.0, Quiet(), Mock()
+        self.now, self.watch, self.trials = 0.0, Notes(), Mock()
         searched = RATES | (looks or {})
         rates = searched | (again or {})
 

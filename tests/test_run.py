@@ -20,7 +20,7 @@ import jsonschema
 import optuna
 import pandas as pd
 import pytest
-from conftest import Quiet, synthetic_record
+from conftest import Notes, synthetic_record
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -345,7 +345,7 @@ class Looked:
         chosen: dict[int, Configuration] | None = None,
         fits: Callable[[Configuration, int], str] = lambda configuration, context: "",
     ):
-        self.formula, self.watch = formula, Quiet()
+        self.formula, self.watch = formula, Notes()
         chosen = {LOW: SHORT, HIGH: LONG} if chosen is None else chosen
         workload = Workload(contexts=(LOW, HIGH))
         space = Space({"cache": ("static", "dynamic")})
@@ -559,7 +559,7 @@ def test_a_measurement_that_the_end_of_a_run_cut_short_is_not_known_to_the_next(
     studies.keep(Record(slow, 64, "timeout", "measure took longer than 600 s"))
     studies.keep(synthetic_record(done, 64))
     shapes, info = {str(TARGET): read_shape(TARGET)}, {"environment": {"base_bytes": 10**8}}
-    search = run._search(request, request.space, shapes, studies, Mock(), info, Quiet())
+    search = run._search(request, request.space, shapes, studies, Mock(), info, Notes())
     assert set(search.known) == {(slow, 64), (done, 64)}
 
 
