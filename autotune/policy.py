@@ -43,6 +43,7 @@ TASK_FIGURES = ("task_exact_match", "task_f1", "task_f1_interval", "task_loss")
 SCHEMA_FILE = Path(__file__).parent / "policy.schema.json"
 TIE = 0.97  # a simpler configuration must reach this share of the best rate to be called a tie in the search
 NEAR = 0.9  # and this in the finals, however wide the error, to be recommended in the place of the fastest
+_NAMED = 2  # ties that a rule's note has in words
 
 
 class PolicyError(ValueError):
@@ -622,11 +623,7 @@ def make_policy(
         ties = tied(records, group, context, workload.objective, beside=ours, any_load=not reloads)
         rule = _rule(records, ours, baselines.get(context), context, workload)
         rule.ties = _ties(records, ours, ties, context, workload.objective)
-        for tie in rule.ties:
-            other = to_configuration(tie.load, tie.settings)
-            if not (rule.tie and other == baselines.get(context)):  # which the note begins with
-                searched = ", in the search" * (tie.stage != "final")
-                rule.note += f"; a tie with {other.differs_from(ours)} ({tie.gain:.2f} times as fast{searched})"
+        rule.note += _ties_note(rule, ours, baselines.get(context))
         rule.note += _boundary_note(records, chosen, context, workload)
         rule.load = None if load_of(chosen[context]) == default else load_of(chosen[context])
         rules.append(rule)
@@ -881,6 +878,18 @@ def _ties(
         )
         found.append(tie)
     return found
+
+
+def _ties_note(rule: Rule, ours: Configuration, baseline: Configuration | None) -> str:
+    """The first few of its ties in words; `ties` has them all. A baseline that is one is what the note begins with."""
+    others = [(to_configuration(tie.load, tie.settings), tie) for tie in rule.ties]
+    others = [(other, tie) for other, tie in others if not (rule.tie and other == baseline)]
+    note = ""
+    for other, tie in others[:_NAMED]:
+        searched = ", in the search" * (tie.stage != "final")
+        note += f"; a tie with {other.differs_from(ours)} ({tie.gain:.2f} times as fast{searched})"
+    more = len(others) - _NAMED
+    return note + (f"; and {more} more tie{'s' * (more > 1)}" if more > 0 else "")
 
 
 def _unrestricted(

@@ -906,6 +906,19 @@ def test_ties_are_with_the_fastest_only_and_the_simplest_of_them_is_recommended(
     assert "a tie with depth=6 (1.02 times as fast)" in printed(policy)
 
 
+@pytest.mark.parametrize(("count", "said"), [(2, ""), (3, "; and 1 more tie"), (5, "; and 3 more ties")])
+def test_a_note_names_two_ties_and_counts_the_rest(count: int, said: str) -> None:
+    depths = [FAST.replace(depth=depth) for depth in range(FAST.depth + 1, FAST.depth + 1 + count)]
+    policy = policy_of(finals({FAST: 100.0, **dict.fromkeys(depths, 99.9)}), {512: FAST}, {})
+    assert tied_with(policy) == depths
+    assert policy is not None
+    note = policy.rules[0].note
+    named = note[note.index("; a tie with") :]
+    assert named.count("a tie with") == 2
+    assert named.endswith(f"(1.00 times as fast){said}")
+    assert all(f"depth={c.depth} " in named for c in depths[:2])
+
+
 some_finals = st.dictionaries(
     st.builds(FAST.replace, cache=st.sampled_from(["dynamic", "static", "quantized-4"]), depth=st.integers(0, 6)),
     st.tuples(st.sampled_from([97.0, 100.0]) | st.floats(90, 100), st.sampled_from([0.01]) | st.floats(0.002, 0.1)),
