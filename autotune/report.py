@@ -64,10 +64,12 @@ def write_report(run: RunData, path: Path) -> None:
 
 
 def _facts(view: View) -> Html:
-    hardware = view.run.info.get("hardware")
+    info = view.run.info
+    hardware = info.get("hardware")
     if isinstance(hardware, Mapping):
         hardware = next((hardware[key] for key in ("name", "gpu", "device", "cpu") if hardware.get(key)), None)
-    facts = [f"budget {mib(view.run.budget.bytes)}", view.run.budget.device, hardware, view.run.info.get("started")]
+    so_far = "not ended: the best so far" if "ended" in info else None
+    facts = [f"budget {mib(view.run.budget.bytes)}", view.run.budget.device, hardware, info.get("started"), so_far]
     return join([" · ".join(str(fact) for fact in facts if fact)])
 
 

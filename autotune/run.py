@@ -624,8 +624,13 @@ def conclude(
     Without a choice it is that of the run's end or, where it has not ended, what is best so far.
     """
     run = read_run(out)
+    so_far = {}
     if chosen is None or baselines is None:
-        chosen, baselines = _stored_choice(run) if "choice" in run.info else _so_far(run)
+        if "choice" in run.info:
+            chosen, baselines = _stored_choice(run)
+        else:
+            chosen, baselines = _so_far(run)
+            so_far = {"ended": "no: this is the best so far"}
     else:
         run.info["choice"] = {
             side: {str(context): dataclasses.asdict(configuration) for context, configuration in picked.items()}
@@ -652,7 +657,7 @@ def conclude(
     if policy is not None:
         write_policy(policy, out / "policy.json")
     frame(run.records).to_csv(out / "trials.csv", index=False)
-    shown = {key: value for key, value in run.info.items() if key not in ("identity", "choice")}
+    shown = {key: value for key, value in run.info.items() if key not in ("identity", "choice")} | so_far
     data = RunData(
         records=run.records,
         workload=run.workload,

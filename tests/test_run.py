@@ -165,6 +165,7 @@ def test_a_report_of_a_killed_run_has_a_policy_by_what_it_measured(killed: tuple
     run = killed[0] / "run"
     wrote = f"{run}/policy.json, report.html, trials.csv: the best so far of a run that has not ended\n"
     assert finish(command("report", str(run))) == wrote
+    assert "not ended: the best so far" in (run / "report.html").read_text("utf-8")
     policy = read_policy(run / "policy.json")
     assert [rule.max_context_tokens for rule in policy.rules] == [64, 128]
     assert [baseline.context_tokens for baseline in policy.baseline] == [64, 128]
@@ -225,6 +226,7 @@ def test_report_and_export_rebuild_from_what_is_stored(finished: tuple[Path, str
         (run / name).unlink()
     assert finish(command("report", str(run))) == f"{run}/policy.json, report.html, trials.csv\n"
     assert {name: (run / name).read_bytes() for name in names} == before
+    assert b"the best so far" not in before["report.html"]
     assert finish(command("export", str(run))).encode() == before["policy.json"]
     finish(command("export", str(run), "--format", "csv", "--to", str(tmp_path / "a.csv")))
     assert (tmp_path / "a.csv").read_bytes() == before["trials.csv"]
