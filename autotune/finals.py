@@ -1,7 +1,7 @@
 """Finals: what was chosen is measured again beside what may be as fast, and between contexts where the choice changes.
 
 The chosen is measured in turn with a contender, another load group that may be as fast, and the baseline, each in a
-fresh worker; each of the two loads also tries what led with the other. What comes of it is decided by `policy.settle`.
+fresh worker; each of the two loads also tries what led with the other. What comes of it is decided by `choice.settle`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable
 from itertools import pairwise, zip_longest
 
+from .choice import choose, contender, keeps_up, near, rivals, speedup, tied
 from .config import Configuration, Record, Workload
-from .policy import choose, contender, keeps_up, near, rivals, speedup, tied
 from .request import Request, Watch
 from .study import Search
 from .trial import Trials

@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from autotune.choice import speedup
 from autotune.config import MIB, Record
-from autotune.policy import speedup
 from autotune.report_view import (
     Answer,
     Html,

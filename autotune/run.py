@@ -14,19 +14,11 @@ from typing import Any
 
 from . import __version__, references
 from . import plan as planning
+from .choice import best_group, choose, contender, settle, unfinished
 from .config import HEAD_WEIGHTS, Configuration, Record, Workload, mib
 from .earlier import Earlier, earlier_runs, learnt_from
 from .finals import FINAL_SHARE, bisect, changes, lengths_between, measure_finals, reserve, seconds_for
-from .policy import (
-    Policy,
-    best_group,
-    choose,
-    contender,
-    make_policy,
-    settle,
-    unfinished,
-    write_policy,
-)
+from .policy import Policy, make_policy, write_policy
 from .report import write_report
 from .report_view import RunData
 from .request import Request, Watch, check_inputs

@@ -32,6 +32,7 @@ import click
 import torch
 from transformers.utils import logging
 
+from autotune.choice import t95
 from autotune.config import Configuration, LoadGroup, parse_tokens
 from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.engine.decode import NGRAM, Engine
@@ -47,8 +48,6 @@ PROMPTS = 8  # a round uses one
 DEPTH = 4
 CHUNK = 512
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-# Student's t, two-sided 95 %, by degrees of freedom from 1 on
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 STOCK_CACHES: dict[str, Row] = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},
@@ -191,7 +190,7 @@ def interval(ratios: list[float]) -> tuple[float, list[float]]:
     mean = statistics.fmean(logs)
     if len(logs) < 2:
         return round(math.exp(mean), 4), [0.0, 0.0]
-    half = _T[min(len(logs) - 1, len(_T)) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
+    half = t95(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
     return round(math.exp(mean), 4), [round(math.exp(mean - half), 4), round(math.exp(mean + half), 4)]
 
 

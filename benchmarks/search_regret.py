@@ -13,7 +13,7 @@ for each share, as its `--timeout`, from which it plans; finals and boundaries, 
 others are asked on and on and looked at when each share is spent. To them a trial is one configuration, measured at
 the contexts in ascending order with one load and ended by its first failure; their score is the geometric mean of the
 rates. They describe the space as a user of Optuna would, every knob always asked for, do not know the plan, look up
-what is known, and after ten known suggestions get one drawn from the rest. All choose by `policy.choose`.
+what is known, and after ten known suggestions get one drawn from the rest. All choose by `choice.choose`.
 
 Scores are the chosen configuration's true rate over that of the feasible optimum: the load group that serves the
 workload fastest under this budget, and its fastest configuration at each context. One load serves all contexts, so a
@@ -53,9 +53,9 @@ import click
 import optuna
 
 from autotune import plan, run
+from autotune.choice import best_group, choose
 from autotune.config import Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib, parse_bytes, per_round
 from autotune.measure.throughput import hopeless, summarize
-from autotune.policy import best_group, choose
 from autotune.request import Watch
 from autotune.results import frame
 from autotune.space import Space, Suggests

@@ -9,9 +9,9 @@ from unittest.mock import Mock
 import pytest
 from conftest import Notes, synthetic_record
 
+from autotune.choice import settle
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.finals import _learnt, _rivals, measure_finals, reserve
-from autotune.policy import settle
 from autotune.results import read_records
 from autotune.space import Space
 from autotune.study import Search, Studies

@@ -17,6 +17,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from autotune.choice import (
+    as_done,
+    best_group,
+    best_in_group,
+    choose,
+    contender,
+    keeps_up,
+    near,
+    rivals,
+    speedup,
+    t95,
+    tied,
+    unfinished,
+)
 from autotune.cli import _print_policy
 from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workload
 from autotune.export import as_markdown
@@ -25,25 +39,13 @@ from autotune.policy import (
     Evidence,
     Policy,
     PolicyError,
-    _t95,
-    as_done,
-    best_group,
-    best_in_group,
-    choose,
-    contender,
     expected_of,
-    keeps_up,
     load_of,
     make_policy,
-    near,
     read_policy,
-    rivals,
     schema,
     settings_of,
-    speedup,
-    tied,
     to_configuration,
-    unfinished,
     write_policy,
 )
 from autotune.run import fingerprint
@@ -844,15 +846,15 @@ KNOWN_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306
 
 @pytest.mark.parametrize(("freedom", "quantile"), KNOWN_T.items())
 def test_students_t_is_that_of_the_tables(freedom: int, quantile: float) -> None:
-    assert _t95(freedom) == pytest.approx(quantile, rel=0.008)
+    assert t95(freedom) == pytest.approx(quantile, rel=0.008)
 
 
 def test_between_whole_degrees_of_freedom_the_quantile_is_never_below_the_next_ones() -> None:
     for (low, above), (high, below) in itertools.pairwise(KNOWN_T.items()):
         for part in (0.1, 0.5, 0.9):
-            assert 0.99 * below <= _t95(low + part * (high - low)) <= above * 1.0001
-    assert _t95(1.6) >= 5.9  # the true quantile there
-    assert _t95(2.5) >= 3.55
+            assert 0.99 * below <= t95(low + part * (high - low)) <= above * 1.0001
+    assert t95(1.6) >= 5.9  # the true quantile there
+    assert t95(2.5) >= 3.55
 
 
 def test_a_task_is_stated_by_the_first_record_that_was_asked() -> None:

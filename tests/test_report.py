@@ -18,8 +18,8 @@ from conftest import synthetic_record as measured
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autotune.choice import speedup
 from autotune.config import MIB, Budget, Configuration, LoadGroup, Record, Workload
-from autotune.policy import speedup
 from autotune.report import write_report
 from autotune.report_figures import pareto_front
 from autotune.report_view import RunData, describe

@@ -17,8 +17,8 @@ from conftest import synthetic_record
 from optuna.trial import TrialState
 
 from autotune import run
+from autotune.choice import best_group, best_in_group
 from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workload
-from autotune.policy import best_group, best_in_group
 from autotune.results import RECORD, RunError, open_storage, read_records
 from autotune.space import Space, read_space
 from autotune.study import Search, Studies, also, complete, importances
