@@ -29,7 +29,7 @@ from autotune.config import Budget, Configuration, Record, Workload
 from autotune.demo import TARGET
 from autotune.plan import read_shape
 from autotune.policy import Policy, read_policy, schema
-from autotune.results import frame, read_records, read_run
+from autotune.results import Run, frame, read_records, read_run
 from autotune.space import Space, read_space
 from autotune.study import Search, Studies
 from autotune.trial import Inputs, WorkerFailed
@@ -542,6 +542,43 @@ def test_a_load_near_the_best_is_measured_at_the_contexts_that_it_lacks(
         search.measured(configuration, context)
     run._finalists(search, [], reloads, 60)
     assert ((other, HIGH) in search.known) == (rate > 90 and not reloads)
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+def test_what_is_best_so_far_by_the_storage_is_what_the_search_itself_would_choose(
+    tmp_path: Path, reloads: bool
+) -> None:
+    large, small = Configuration(), Configuration(weights="bnb-nf4")
+    fast, lucky = Configuration(weights="quanto-int4"), Configuration(weights="quanto-int4", cache="static")
+    rates = {(fast, LOW): 100.0, (fast, HIGH): 50.0, (lucky, LOW): 130.0, (lucky, HIGH): 51.0}
+    looks: Counter[Configuration] = Counter()
+
+    def measure(configuration: Configuration, context: int, stage: str) -> Record:
+        looks[configuration] += 1
+        if (configuration, context) == (large, HIGH):
+            return Record(configuration, context, "over_budget", "too large", stage=stage)
+        rate = rates.get((configuration, context), 20.0)
+        rate *= (
+            0.7 if looks[lucky] > 2 else 1.0
+        )  # at the second look, below what is else fastest: both together are not
+        return synthetic_record(configuration, context, (rate, 1.01 * rate, 0.99 * rate), stage=stage)
+
+    workload = Workload(contexts=(LOW, HIGH))
+    url, info = f"sqlite:///{tmp_path / 'study.db'}", {"reloads": reloads, "workload": dataclasses.asdict(workload)}
+    studies = Studies(url, "run", {}, workload.contexts, 0)
+    space = Space({"cache": ("static", "dynamic")})
+    search = Search(space, workload, Budget(10**9), studies, measure, lambda c, context: "", time.monotonic() + 60)
+    assert run._so_far(Run(tmp_path, info, read_records(url, "run"))) == ({}, {})
+    search.baseline([large, small])
+    for configuration in (fast, lucky):
+        for context in (LOW, HIGH):
+            search.measured(configuration, context)
+    search.measured(lucky, LOW, again=True)
+    studies.keep(synthetic_record(small, LOW, (900.0, 900.0, 900.0), stage="final"))  # a final is no look
+    chosen, baselines = run._so_far(Run(tmp_path, info, read_records(url, "run")))
+    assert (chosen, baselines) == run._choice(search, [large, small], reloads)
+    assert baselines == {LOW: large, HIGH: small}
+    assert chosen[LOW] == lucky
 
 
 @given(st.sets(st.integers(1, 10**5), min_size=1, max_size=5))
