@@ -269,8 +269,13 @@ def _hidden(
     records: list[Record], configuration: Configuration, fastest: Configuration, context: int, objective: Objective
 ) -> bool:
     """Whether it was not soundly measured again, and is faster than the fastest that was by all that is known."""
-    again = any(r.configuration == configuration and r.stage == "final" for r in sound(records, context))
+    again = soundly_again(records, configuration, context)
     return not again and compare(records, configuration, fastest, context, objective)[1] > 1
+
+
+def soundly_again(records: list[Record], configuration: Configuration, context: int) -> bool:
+    """Whether it was measured again in the finals at this context, and never failed there."""
+    return any(r.configuration == configuration and r.stage == "final" for r in sound(records, context))
 
 
 def sound(records: list[Record], context: int) -> list[Record]:

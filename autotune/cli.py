@@ -195,9 +195,13 @@ def run(**options: Any) -> None:
     with _plain_errors(), Display(console, request.workload.objective, request.timeout_s) as display:
         policy = tune(request, display)
     if policy is None:
-        raise _answer_is_no(f"no configuration was feasible; {request.out}/report.html says why each was not")
+        raise _answer_is_no(_nothing_feasible(request.out))
     _print_policy(policy, console)
     console.print(f"\n{request.out}/{WRITTEN}", markup=False)
+
+
+def _nothing_feasible(folder: Path, so_far: str = "") -> str:
+    return f"no configuration was feasible{so_far}; {folder}/report.html says why each was not"
 
 
 @_command("plan")
@@ -220,15 +224,14 @@ def report(folder: Path) -> None:
 
     Of a run that was killed, or that goes on beside this, they tell the best so far.
     """
-    from .results import read_info
+    from .results import has_ended, read_info
     from .run import conclude
 
     with _plain_errors():
         policy = conclude(folder)
-        ended = "choice" in read_info(folder)
+        ended = has_ended(read_info(folder))
     if policy is None:
-        so_far = "" if ended else " so far"
-        click.echo(f"no configuration was feasible{so_far}; {folder}/report.html says why each was not")
+        click.echo(_nothing_feasible(folder, "" if ended else " so far"))
         return
     click.echo(f"{folder}/{WRITTEN}{'' if ended else ': the best so far of a run that has not ended'}")
 

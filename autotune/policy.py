@@ -27,6 +27,7 @@ from .choice import (
     rivals,
     settle,
     sound,
+    soundly_again,
     speedup,
     t95,
     tied,
@@ -393,7 +394,7 @@ def _rule(
         note = f"a tie with the baseline ({ratio:.2f}, 95 % interval {low:.2f} to {high:.2f})"
     if unrestricted is not None:
         other = to_configuration(unrestricted.load, unrestricted.settings)
-        again = any(r.configuration == other and r.stage == "final" for r in sound(records, context))
+        again = soundly_again(records, other, context)
         gain, (least, _) = unrestricted.gain, unrestricted.gain_interval or (0, 0)
         if again:
             gain, least, _ = compare(records, other, configuration, context, workload.objective)

@@ -82,6 +82,11 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info  # type: ignore[no-any-return]
 
 
+def has_ended(info: dict[str, Any]) -> bool:
+    """Whether the run came to its end, which leaves what it chose."""
+    return "choice" in info
+
+
 def read_run(folder: Path) -> Run:
     """Raises RunError for a folder that holds no run."""
     info = read_info(folder)

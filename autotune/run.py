@@ -22,7 +22,7 @@ from .policy import Policy, make_policy, write_policy
 from .report import write_report
 from .report_view import RunData
 from .request import Request, Watch, check_inputs
-from .results import Run, RunError, frame, read_info, read_records, read_run, storage_url
+from .results import Run, RunError, frame, has_ended, read_info, read_records, read_run, storage_url
 from .space import Space
 from .study import COMPARABLE, Search, Studies, also, complete, importances, joined
 from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
@@ -618,7 +618,7 @@ def conclude(
     run = read_run(out)
     so_far = {}
     if chosen is None or baselines is None:
-        if "choice" in run.info:
+        if has_ended(run.info):
             chosen, baselines = _stored_choice(run)
         else:
             chosen, baselines = _so_far(run)

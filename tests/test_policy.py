@@ -280,7 +280,7 @@ def test_the_published_schema_is_that_of_the_code() -> None:
 def test_a_policy_is_valid_by_the_published_schema() -> None:
     published = json.loads(SCHEMA_FILE.read_text())
     jsonschema.Draft202012Validator.check_schema(published)
-    jsonschema.validate(a_policy().model_dump(mode="json"), published)
+    assert list(jsonschema.Draft202012Validator(published).iter_errors(a_policy().model_dump(mode="json"))) == []
 
 
 WRONG: dict[str, tuple[list[Any], Any, str]] = {

@@ -503,6 +503,12 @@ def test_nothing_is_looked_for_between_equal_choices_different_loads_or_where_on
     assert (looked.looks, looked.found) == ([], {})
 
 
+def searching(folder: Path, measure: Callable[[Configuration, int, str], Record]) -> Search:
+    studies = Studies(f"sqlite:///{folder / 'study.db'}", "run", {}, (LOW, HIGH), 0)
+    workload, space = Workload(contexts=(LOW, HIGH)), Space({"cache": ("static", "dynamic")})
+    return Search(space, workload, Budget(10**9), studies, measure, lambda c, context: "", time.monotonic() + 60)
+
+
 @pytest.mark.parametrize("reloads", [False, True])
 def test_what_is_stock_at_the_longest_context_is_measured_at_the_others_for_they_may_have_to_share_it(
     tmp_path: Path, reloads: bool
@@ -513,9 +519,7 @@ def test_what_is_stock_at_the_longest_context_is_measured_at_the_others_for_they
         outcome = "over_budget" if (configuration, context) == (large, HIGH) else "ok"
         return synthetic_record(configuration, context, outcome=outcome, stage=stage)  # type: ignore[arg-type]
 
-    studies = Studies(f"sqlite:///{tmp_path / 'study.db'}", "run", {}, (LOW, HIGH), 0)
-    workload, space = Workload(contexts=(LOW, HIGH)), Space({"cache": ("static", "dynamic")})
-    search = Search(space, workload, Budget(10**9), studies, measure, lambda c, context: "", time.monotonic() + 60)
+    search = searching(tmp_path, measure)
     search.baseline([large, small])
     for context in (LOW, HIGH):
         search.measured(fast, context)
@@ -535,9 +539,7 @@ def test_a_load_near_the_best_is_measured_at_the_contexts_that_it_lacks(
         rates = (100.0,) * 3 if configuration == fast else (rate,) * 3
         return synthetic_record(configuration, context, rates, stage=stage)
 
-    studies = Studies(f"sqlite:///{tmp_path / 'study.db'}", "run", {}, (LOW, HIGH), 0)
-    workload, space = Workload(contexts=(LOW, HIGH)), Space({"cache": ("static", "dynamic")})
-    search = Search(space, workload, Budget(10**9), studies, measure, lambda c, context: "", time.monotonic() + 60)
+    search = searching(tmp_path, measure)
     for configuration, context in ((fast, LOW), (fast, HIGH), (other, LOW)):
         search.measured(configuration, context)
     run._finalists(search, [], reloads, 60)
@@ -558,24 +560,24 @@ def test_what_is_best_so_far_by_the_storage_is_what_the_search_itself_would_choo
         if (configuration, context) == (large, HIGH):
             return Record(configuration, context, "over_budget", "too large", stage=stage)
         rate = rates.get((configuration, context), 20.0)
-        rate *= (
-            0.7 if looks[lucky] > 2 else 1.0
-        )  # at the second look, below what is else fastest: both together are not
+        if looks[lucky] > 2:  # its second look is below what else is fastest, both together are not
+            rate *= 0.7
         return synthetic_record(configuration, context, (rate, 1.01 * rate, 0.99 * rate), stage=stage)
 
-    workload = Workload(contexts=(LOW, HIGH))
-    url, info = f"sqlite:///{tmp_path / 'study.db'}", {"reloads": reloads, "workload": dataclasses.asdict(workload)}
-    studies = Studies(url, "run", {}, workload.contexts, 0)
-    space = Space({"cache": ("static", "dynamic")})
-    search = Search(space, workload, Budget(10**9), studies, measure, lambda c, context: "", time.monotonic() + 60)
-    assert run._so_far(Run(tmp_path, info, read_records(url, "run"))) == ({}, {})
+    search = searching(tmp_path, measure)
+    info = {"reloads": reloads, "workload": dataclasses.asdict(search.workload)}
+
+    def so_far() -> tuple[dict[int, Configuration], dict[int, Configuration]]:
+        return run._so_far(Run(tmp_path, info, read_records(f"sqlite:///{tmp_path / 'study.db'}", "run")))
+
+    assert so_far() == ({}, {})
     search.baseline([large, small])
     for configuration in (fast, lucky):
         for context in (LOW, HIGH):
             search.measured(configuration, context)
     search.measured(lucky, LOW, again=True)
-    studies.keep(synthetic_record(small, LOW, (900.0, 900.0, 900.0), stage="final"))  # a final is no look
-    chosen, baselines = run._so_far(Run(tmp_path, info, read_records(url, "run")))
+    search.studies.keep(synthetic_record(small, LOW, (900.0, 900.0, 900.0), stage="final"))  # a final is no look
+    chosen, baselines = so_far()
     assert (chosen, baselines) == run._choice(search, [large, small], reloads)
     assert baselines == {LOW: large, HIGH: small}
     assert chosen[LOW] == lucky
