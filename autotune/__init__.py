@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .deploy import deploy
-    from .policy import Policy, read_policy
+    from .policy.policy import Policy, read_policy
+    from .serve.deploy import deploy
 
 __version__ = "0.1.0"
 __all__ = ["Policy", "deploy", "read_policy"]

@@ -20,7 +20,7 @@ from . import __version__
 from .config import OBJECTIVES, TASK_QUESTIONS, Budget, Workload, mib, parse_bytes, parse_tokens, within_noise
 
 if TYPE_CHECKING:
-    from .policy import Policy
+    from .policy.policy import Policy
     from .request import Request
 
 WRITTEN = "policy.json, report.html, trials.csv"
@@ -182,7 +182,7 @@ def run(**options: Any) -> None:
     """
     from rich.console import Console
 
-    from .progress import Display
+    from .report.progress import Display
     from .run import tune
 
     request = _request(options)
@@ -210,7 +210,7 @@ def _nothing_feasible(folder: Path, so_far: str = "") -> str:
 @click.option("--by-layer", is_flag=True, help="List the weights' and the cache's bytes per layer.")
 def plan(as_json: bool, by_layer: bool, **options: Any) -> None:
     """Predict the footprint of every configuration and context; measures nothing."""
-    from .plan_table import print_layers, print_plan
+    from .report.plan_table import print_layers, print_plan
 
     request = _request(options)
     with _plain_errors():
@@ -261,8 +261,8 @@ def export(folder: Path, to: Path | None, kind: str) -> None:
 
 
 def _exported(folder: Path, kind: str) -> str:
-    from .export import as_markdown, as_transformers
-    from .policy import read_policy
+    from .policy.export import as_markdown, as_transformers
+    from .policy.policy import read_policy
     from .results import frame, read_run
     from .run import conclude
 
@@ -291,7 +291,7 @@ def verify(policy: Path, as_json: bool, watch: bool, every: float) -> None:
     stay within the budget, the rate reach the lower end of its interval (less 15 %), the perplexity not exceed the
     upper end of its own.
     """
-    from .verify import print_verdicts, verify_rounds
+    from .policy.verify import print_verdicts, verify_rounds
 
     def phase(text: str) -> None:
         if not watch:
@@ -327,7 +327,7 @@ def verify(policy: Path, as_json: bool, watch: bool, every: float) -> None:
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
 def generate(policy: Path, prompt: str, new_tokens: int | None, temperature: float) -> None:
     """Continue a text as the policy says."""
-    from .deploy import deploy
+    from .serve.deploy import deploy
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with _plain_errors():
@@ -352,7 +352,7 @@ def serve(
 ) -> None:
     """Answer OpenAI's API as the policy says: chat completions, completions, models; /metrics and /health."""
     try:
-        from . import serve as server
+        from .serve import server
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "jinja2", "uvicorn"):
             raise
@@ -366,7 +366,7 @@ def serve(
         bound = server.bind(host, port)
     except OSError as error:
         raise click.UsageError(f"--host {host} --port {port}: {error.strerror}") from None
-    from .deploy import deploy
+    from .serve.deploy import deploy
 
     with bound:
         with _plain_errors():
@@ -384,11 +384,11 @@ class _plain_errors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
             return
-        from .plan import PlanError
-        from .policy import PolicyError
+        from .model.footprint import PlanError
+        from .policy.policy import PolicyError
         from .results import RunError
         from .run import NothingFits
-        from .space import SpaceError
+        from .search.space import SpaceError
 
         if isinstance(error, NothingFits):
             raise _answer_is_no(str(error)) from None
@@ -402,9 +402,9 @@ def _answer_is_no(text: str) -> click.ClickException:
 
 def _request(options: dict[str, Any]) -> Request:
     """The options as a checked request."""
-    from .plan import PlanError
+    from .model.footprint import PlanError
     from .request import Request
-    from .space import SpaceError, read_space
+    from .search.space import SpaceError, read_space
 
     device = _device(options["device"])
     drafts = list(options["drafts"])
@@ -544,7 +544,7 @@ def _print_policy(policy: Policy, console: Any) -> None:
     """What was chosen per context, for a person."""
     from rich.table import Table
 
-    from .export import load_text, settings_text, task_text
+    from .policy.export import load_text, settings_text, task_text
 
     table = Table(title=f"load: {load_text(policy.load)}", title_justify="left", header_style="bold")
     for column in ("up to", "settings", "tokens/s", "baseline", "times", "peak of budget", "quality loss"):

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import plan as planning
 from .config import Budget, Configuration, Record, Workload
-from .space import Space
+from .model import footprint as planning
+from .search.space import Space
 
 
 class Watch:

@@ -12,20 +12,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from . import __version__, references
-from . import plan as planning
-from .choice import best_group, choose, contender, settle, unfinished
+from . import __version__
 from .config import HEAD_WEIGHTS, Configuration, Record, Workload, mib
-from .earlier import Earlier, earlier_runs, learnt_from
-from .finals import FINAL_SHARE, bisect, changes, lengths_between, measure_finals, reserve, seconds_for
-from .policy import Policy, make_policy, write_policy
-from .report import write_report
-from .report_view import RunData
+from .model import footprint as planning
+from .policy.choice import best_group, choose, contender, settle, unfinished
+from .policy.policy import Policy, make_policy, write_policy
+from .report.page import write_report
+from .report.view import RunData
 from .request import Request, Watch, check_inputs
 from .results import Run, RunError, frame, has_ended, read_info, read_records, read_run, storage_url
-from .space import Space
-from .study import COMPARABLE, Search, Studies, also, complete, importances, joined
-from .trial import Inputs, Trials, WorkerFailed, WorkerProcess
+from .search.earlier import Earlier, earlier_runs, learnt_from
+from .search.finals import FINAL_SHARE, bisect, changes, lengths_between, measure_finals, reserve, seconds_for
+from .search.space import Space
+from .search.study import COMPARABLE, Search, Studies, also, complete, importances, joined
+from .trial import references
+from .trial.trials import Inputs, Trials, WorkerFailed, WorkerProcess
 
 COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
 COMPLETING_SHARE = 0.1  # of --timeout, the most that completing it takes

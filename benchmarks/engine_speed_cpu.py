@@ -32,13 +32,13 @@ import click
 import torch
 from transformers.utils import logging
 
-from autotune.choice import t95
 from autotune.config import Configuration, LoadGroup, parse_tokens
 from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.engine.decode import NGRAM, Engine
 from autotune.engine.grouped import use_grouped
 from autotune.engine.load import full_precision
 from autotune.measure.inputs import prepare, windows
+from autotune.policy.choice import t95
 
 Row = dict[str, Any]
 CACHES = "dynamic", "static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8"

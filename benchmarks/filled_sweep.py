@@ -22,11 +22,11 @@ from typing import Any
 import click
 import numpy as np
 
-from autotune import plan
 from autotune.config import Configuration, LoadGroup, Record
-from autotune.outlook import with_idle
-from autotune.space import Space
-from autotune.surrogate import Belief, Pool, footprint_belief, rate_belief
+from autotune.model import footprint as plan
+from autotune.search.outlook import with_idle
+from autotune.search.space import Space
+from autotune.search.surrogate import Belief, Pool, footprint_belief, rate_belief
 
 from .search_regret import Line, Sweep, read_sweep
 from .sweep import compact

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import click
 
-from autotune import plan
 from autotune.config import Budget, Configuration, Record, Workload, mib, parse_bytes, parse_tokens
 from autotune.demo import DRAFT, TARGET, held_out_text
-from autotune.trial import Inputs, Trials
+from autotune.model import footprint as plan
+from autotune.trial.trials import Inputs, Trials
 
 NEW_TOKENS = 32
 HOPELESS = 1e12  # tokens/s that nothing reaches: one round is enough

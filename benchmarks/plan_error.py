@@ -23,10 +23,10 @@ from typing import Any
 
 import click
 
-from autotune import plan
 from autotune.config import Budget, Configuration, Record, Workload, mib, parse_tokens
 from autotune.demo import DRAFT, TARGET, held_out_text
-from autotune.trial import Inputs, Trials, WorkerFailed
+from autotune.model import footprint as plan
+from autotune.trial.trials import Inputs, Trials, WorkerFailed
 
 NEW_TOKENS = 8
 DEPTH = 4

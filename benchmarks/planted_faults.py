@@ -20,10 +20,10 @@ from typing import Any
 
 import click
 
-from autotune import trial
 from autotune.config import MIB, Budget, Configuration, Record, Workload
 from autotune.demo import DRAFT, TARGET, held_out_text
-from autotune.trial import Inputs, Trials, WorkerFailed, WorkerProcess
+from autotune.trial import trials as trial
+from autotune.trial.trials import Inputs, Trials, WorkerFailed, WorkerProcess
 
 FAULTY = Path(__file__).parents[1] / "tests" / "faulty_worker.py"
 ROOM = 100 * MIB  # what the budget leaves beside a measurement that went well

@@ -29,8 +29,8 @@ from typing import Any
 import click
 
 from autotune.config import Configuration
-from autotune.export import load_text, settings_text
-from autotune.policy import Policy, PolicyError, Rule, load_of, read_policy, settings_of, to_configuration
+from autotune.policy.export import load_text, settings_text
+from autotune.policy.policy import Policy, PolicyError, Rule, load_of, read_policy, settings_of, to_configuration
 
 COMMAND = [sys.executable, "-m", "autotune", "run"]
 QUICK = "--budget 6.5GB --space quick --contexts 512,2k --timeout 150s --device cpu"

@@ -52,14 +52,15 @@ from typing import Any
 import click
 import optuna
 
-from autotune import plan, run
-from autotune.choice import best_group, choose
+from autotune import run
 from autotune.config import Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib, parse_bytes, per_round
 from autotune.measure.throughput import hopeless, summarize
+from autotune.model import footprint as plan
+from autotune.policy.choice import best_group, choose
 from autotune.request import Watch
 from autotune.results import frame
-from autotune.space import Space, Suggests
-from autotune.study import Studies
+from autotune.search.space import Space, Suggests
+from autotune.search.study import Studies
 
 SHARES = (0.03, 0.05, 0.1, 0.2)
 SEARCH = "autotune"

@@ -36,13 +36,14 @@ from typing import IO, Any
 
 import click
 
-from autotune import plan, run
+from autotune import run
 from autotune.config import Budget, Configuration, LoadGroup, Record, Workload, mib, parse_tokens
 from autotune.demo import DRAFT, TARGET
+from autotune.model import footprint as plan
 from autotune.request import Watch, check_inputs
 from autotune.results import RunError
-from autotune.space import Space, SpaceError, read_space
-from autotune.trial import Trials
+from autotune.search.space import Space, SpaceError, read_space
+from autotune.trial.trials import Trials
 
 UNLIMITED = 10**13  # bytes: under no budget
 IDENTITY = ("model", "drafts", "workload", "device", "hardware", "space", "sample", "groups", "seed", "shard")

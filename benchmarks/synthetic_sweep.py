@@ -23,9 +23,9 @@ from typing import Any
 
 import click
 
-from autotune import plan
 from autotune.config import MIB, Configuration, Record, Workload
-from autotune.space import Space
+from autotune.model import footprint as plan
+from autotune.search.space import Space
 
 from .sweep import compact, configurations
 

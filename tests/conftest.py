@@ -57,7 +57,7 @@ def record() -> MakeRecord:
 @pytest.fixture
 def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """For long searches whose storage nobody opens again."""
-    monkeypatch.setattr("autotune.study.open_storage", lambda url: optuna.storages.InMemoryStorage())
+    monkeypatch.setattr("autotune.search.study.open_storage", lambda url: optuna.storages.InMemoryStorage())
 
 
 @pytest.fixture(scope="session", autouse=True)

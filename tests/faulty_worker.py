@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from autotune import worker
 from autotune.config import parse_bytes
+from autotune.trial import worker
 
 FIGURES = {
     "peak_bytes": 1,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from autotune import plan
 from autotune.config import Configuration, Record
 from autotune.demo import TARGET
+from autotune.model import footprint as plan
 from benchmarks import crosscheck, plan_error
 
 

@@ -25,7 +25,8 @@ from test_policy import (
     tied_with,
 )
 
-from autotune.choice import (
+from autotune.config import MIB, Configuration, Outcome, Record, Workload
+from autotune.policy.choice import (
     as_done,
     best_group,
     best_in_group,
@@ -39,11 +40,7 @@ from autotune.choice import (
     tied,
     unfinished,
 )
-from autotune.config import MIB, Configuration, Outcome, Record, Workload
-from autotune.policy import (
-    Policy,
-    load_of,
-)
+from autotune.policy.policy import Policy, load_of
 from benchmarks import repeats
 
 

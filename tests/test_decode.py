@@ -23,7 +23,7 @@ from autotune.engine.depth import PROBE, PROBE_DEPTH, TRIES, AdaptiveDepth
 from autotune.engine.load import Unsupported
 from autotune.engine.runner import Runner
 from autotune.measure.quality import compare
-from autotune.worker import Worker
+from autotune.trial.worker import Worker
 
 EXACT = ("dynamic", "static", "sliding")
 QUANTIZED = ("quantized-8", "quantized-4", "quantized-2", "quantized-fp8")

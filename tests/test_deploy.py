@@ -22,12 +22,12 @@ from click.testing import CliRunner
 from autotune import cli
 from autotune.config import Configuration, LoadGroup, Workload
 from autotune.demo import DRAFT, TARGET, held_out_text
-from autotune.deploy import LLM, OutOfMemory, _Text, deploy
 from autotune.engine.decode import Engine, Sampling
 from autotune.engine.load import full_precision
 from autotune.engine.runner import Runner
-from autotune.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
+from autotune.policy.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
 from autotune.run import fingerprint
+from autotune.serve.deploy import LLM, OutOfMemory, _Text, deploy
 
 WORDS = full_precision("cpu")
 
@@ -527,8 +527,9 @@ def test_plan_predicts_without_torch_and_says_what_fits() -> None:
 
 
 def test_deploy_can_be_called_however_it_was_imported(tmp_path: Path) -> None:
-    import autotune
     import autotune.deploy
+
+    import autotune
 
     with pytest.raises(PolicyError, match="cannot be read"):
         autotune.deploy(tmp_path / "policy.json")

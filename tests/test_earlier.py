@@ -13,8 +13,8 @@ from conftest import synthetic_record
 from test_study import CONTEXTS, DRAFT, MIXED, Fake, rate, search_in
 
 from autotune.config import MIB, Configuration, Record
-from autotune.earlier import Earlier, earlier_runs, learnt_from
 from autotune.results import frame
+from autotune.search.earlier import Earlier, earlier_runs, learnt_from
 
 INFO: dict[str, Any] = {
     "drafts": [DRAFT],
@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_used_is_left_out_and_counted(
 
 
 def test_most_records_of_other_runs_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autotune.earlier._RECORDS", 3)
+    monkeypatch.setattr("autotune.search.earlier._RECORDS", 3)
     for name in ("one", "two", "three"):
         written(tmp_path / name, [synthetic_record(STATIC, context) for context in (64, 256)])
     runs, left_out = found(tmp_path)

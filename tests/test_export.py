@@ -20,8 +20,8 @@ from autotune.config import MIB, Workload
 from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.engine.decode import Engine
 from autotune.engine.load import full_precision
-from autotune.export import as_markdown, as_transformers
-from autotune.policy import Baseline, Expected, Load, ModelInfo, Policy, Rule, Settings, write_policy
+from autotune.policy.export import as_markdown, as_transformers
+from autotune.policy.policy import Baseline, Expected, Load, ModelInfo, Policy, Rule, Settings, write_policy
 
 WORDS = full_precision("cpu")
 SHORT, LONG = held_out_text()[:120], held_out_text()[:350]  # under the first rule, under the second

@@ -9,12 +9,12 @@ from unittest.mock import Mock
 import pytest
 from conftest import Notes, synthetic_record
 
-from autotune.choice import settle
 from autotune.config import Budget, Configuration, Record, Workload
-from autotune.finals import _learnt, _rivals, measure_finals, reserve
+from autotune.policy.choice import settle
 from autotune.results import read_records
-from autotune.space import Space
-from autotune.study import Search, Studies
+from autotune.search.finals import _learnt, _rivals, measure_finals, reserve
+from autotune.search.space import Space
+from autotune.search.study import Search, Studies
 
 LEADER = Configuration(weights="bnb-nf4", cache="static", prefill_chunk=256)
 STOCK = Configuration(weights="bf16")

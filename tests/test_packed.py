@@ -26,8 +26,8 @@ from autotune.engine.linear import Slice
 from autotune.engine.load import Unsupported, load_model
 from autotune.engine.packed import PackedLinear, Reordered
 from autotune.measure.memory import module_bytes
-from autotune.plan import DEFAULT, PlanError, predict, read_shape
-from autotune.worker import Worker
+from autotune.model.footprint import DEFAULT, PlanError, predict, read_shape
+from autotune.trial.worker import Worker
 
 SIZE = {"hidden_size": 64, "intermediate_size": 128}
 GPTQ = {"quant_method": "gptq", "sym": False}

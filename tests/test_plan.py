@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune import plan
 from autotune.config import ATTENTIONS, CACHES, LAUNCHES, LM_HEADS, MIB, WEIGHTS, Budget, Configuration, Record
-from autotune.plan import DEFAULT, Calibration, ModelShape, PlanError, Prediction, predict, read_shape
+from autotune.model import footprint as plan
+from autotune.model.footprint import DEFAULT, Calibration, ModelShape, PlanError, Prediction, predict, read_shape
 
 GIB = 2**30
 LLAMA_8B = {

@@ -16,14 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from autotune.choice import (
-    best_group,
-    choose,
-)
 from autotune.cli import _print_policy
 from autotune.config import MIB, Budget, Configuration, Record, Workload
-from autotune.export import as_markdown
-from autotune.policy import (
+from autotune.policy.choice import best_group, choose
+from autotune.policy.export import as_markdown
+from autotune.policy.policy import (
     SCHEMA_FILE,
     Evidence,
     Policy,

@@ -7,7 +7,7 @@ from io import StringIO
 from rich.console import Console
 
 from autotune.config import Configuration
-from autotune.progress import Display
+from autotune.report.progress import Display
 
 
 def test_the_share_of_the_gain_that_is_open_is_shown_with_each_trial_once_it_is_known() -> None:

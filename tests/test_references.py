@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from autotune import references
 from autotune.run import _facts, _score_reference
-from autotune.trial import Inputs
+from autotune.trial import references
+from autotune.trial.trials import Inputs
 
 TOLD = {"how": "on the device", "took_s": 4.0}
 

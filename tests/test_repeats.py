@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from test_serve import policy
 
-from autotune.policy import Policy, write_policy
+from autotune.policy.policy import Policy, write_policy
 from benchmarks import repeats
 
 

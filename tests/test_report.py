@@ -18,11 +18,11 @@ from conftest import synthetic_record as measured
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.choice import speedup
 from autotune.config import MIB, Budget, Configuration, LoadGroup, Record, Workload
-from autotune.report import write_report
-from autotune.report_figures import pareto_front
-from autotune.report_view import RunData, describe
+from autotune.policy.choice import speedup
+from autotune.report.figures import pareto_front
+from autotune.report.page import write_report
+from autotune.report.view import RunData, describe
 
 BASELINE = Configuration(weights="bnb-nf4")
 BUDGET = 8600 * MIB

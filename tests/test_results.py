@@ -9,7 +9,7 @@ from conftest import synthetic_record
 
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.results import RunError, frame, open_storage, read_records, read_run, storage_url
-from autotune.study import Studies
+from autotune.search.study import Studies
 
 CONTRACT = ["context_tokens", "outcome", "reason"]
 CONTRACT += ["weights", "lm_head", "embeddings", "draft", "draft_weights", "depth", "cache", "attention"]

@@ -24,15 +24,16 @@ from conftest import Notes, synthetic_record
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune import run, trial
+from autotune import run
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.demo import TARGET
-from autotune.plan import read_shape
-from autotune.policy import Policy, read_policy, schema
+from autotune.model.footprint import read_shape
+from autotune.policy.policy import Policy, read_policy, schema
 from autotune.results import Run, frame, read_records, read_run
-from autotune.space import Space, read_space
-from autotune.study import Search, Studies
-from autotune.trial import Inputs, WorkerFailed
+from autotune.search.space import Space, read_space
+from autotune.search.study import Search, Studies
+from autotune.trial import trials as trial
+from autotune.trial.trials import Inputs, WorkerFailed
 
 SPACE = """
 [weights]
@@ -67,7 +68,7 @@ def run_command(folder: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    package = str(Path(trial.__file__).parents[1])
+    package = str(Path(trial.__file__).parents[2])
     return {**os.environ, "PYTHONPATH": package, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}  # one: others may run beside
 
 

@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from conftest import synthetic_record
 from test_plan import LLAMA_1B, LLAMA_8B, shape_of
 
-from autotune import plan
 from autotune.config import MIB, Configuration, Record, Workload
-from autotune.space import Space
+from autotune.model import footprint as plan
+from autotune.search.space import Space
 from benchmarks import filled_sweep
 from benchmarks import search_regret as regret
 from benchmarks import sweep as sweeping

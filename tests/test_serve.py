@@ -29,10 +29,10 @@ from transformers import AutoTokenizer
 from autotune.cli import main
 from autotune.config import Workload
 from autotune.demo import TARGET, held_out_text
-from autotune.openai_api import APIError, Message, conversation_tokens
-from autotune.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
+from autotune.policy.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
 from autotune.run import fingerprint
-from autotune.serve import _body, application, bind, is_loopback, model_name
+from autotune.serve.openai_api import APIError, Message, conversation_tokens
+from autotune.serve.server import _body, application, bind, is_loopback, model_name
 
 TOKENIZER = AutoTokenizer.from_pretrained(TARGET)
 CHATML = (
@@ -635,8 +635,8 @@ def test_an_address_in_use_and_a_missing_extra_are_said_before_anything_is_loade
         result = CliRunner().invoke(main, ["serve", str(tmp_path / "policy.json"), "--port", port])
     assert result.exit_code == 2
     assert f"--port {port}: Address already in use" in result.output
-    monkeypatch.delitem(sys.modules, "autotune.serve")
-    monkeypatch.delattr("autotune.serve")
+    monkeypatch.delitem(sys.modules, "autotune.serve.server")
+    monkeypatch.delattr("autotune.serve.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = CliRunner().invoke(main, ["serve", str(tmp_path / "policy.json")])
     assert result.exit_code == 2

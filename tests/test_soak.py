@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 from test_serve import policy
 
-from autotune.policy import write_policy
+from autotune.policy.policy import write_policy
 from benchmarks import soak
 
 

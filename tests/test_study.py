@@ -17,11 +17,11 @@ from conftest import synthetic_record
 from optuna.trial import TrialState
 
 from autotune import run
-from autotune.choice import best_group, best_in_group
 from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workload
+from autotune.policy.choice import best_group, best_in_group
 from autotune.results import RECORD, RunError, open_storage, read_records
-from autotune.space import Space, read_space
-from autotune.study import Search, Studies, also, complete, importances
+from autotune.search.space import Space, read_space
+from autotune.search.study import Search, Studies, also, complete, importances
 
 CONTEXTS = (64, 256)
 BUDGET = Budget(1000 * MIB)
@@ -110,7 +110,7 @@ def trials_in(search: Search, context: int) -> list[optuna.trial.FrozenTrial]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that moves only when it is told to."""
     now = SimpleNamespace(s=0.0)
-    monkeypatch.setattr("autotune.study.time", SimpleNamespace(monotonic=lambda: now.s))
+    monkeypatch.setattr("autotune.search.study.time", SimpleNamespace(monotonic=lambda: now.s))
     return now
 
 
@@ -748,8 +748,8 @@ def test_a_load_group_is_measured_where_a_look_is_dear_too_before_others_are_beg
 def test_a_space_that_is_too_large_to_weigh_whole_is_searched_from_its_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autotune.outlook._POOL", 50)
-    monkeypatch.setattr("autotune.outlook._DRAWN", 20)
+    monkeypatch.setattr("autotune.search.outlook._POOL", 50)
+    monkeypatch.setattr("autotune.search.outlook._DRAWN", 20)
     measure = Fake(load_s=4.0)
     search = search_in(tmp_path, MIXED, measure, max_trials=60)
     search.run()
@@ -760,8 +760,8 @@ def test_a_space_that_is_too_large_to_weigh_whole_is_searched_from_its_best(
 
 @pytest.mark.usefixtures("in_memory")
 def test_a_large_space_is_measured_whole_where_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autotune.outlook._POOL", 2)
-    monkeypatch.setattr("autotune.outlook._DRAWN", 40)
+    monkeypatch.setattr("autotune.search.outlook._POOL", 2)
+    monkeypatch.setattr("autotune.search.outlook._DRAWN", 40)
     measure = Fake()
     search_in(tmp_path, SMALL, measure).run()
     assert len(set(measure.calls)) == len(measure.calls) == 16

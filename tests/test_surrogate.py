@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from autotune.config import Configuration
-from autotune.space import read_space
-from autotune.surrogate import Belief, Pool, below, footprint_belief, improvement, rate_belief
+from autotune.search.space import read_space
+from autotune.search.surrogate import Belief, Pool, below, footprint_belief, improvement, rate_belief
 
 CONTEXTS = (128, 2048)
 SPACE = read_space("default")

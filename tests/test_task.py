@@ -16,7 +16,7 @@ from autotune.engine.decode import Engine
 from autotune.engine.load import full_precision
 from autotune.measure.inputs import UnusableText
 from autotune.measure.task import ANSWER, FEWEST, figures, prepare, score
-from autotune.worker import Worker
+from autotune.trial.worker import Worker
 
 RIGHT, WRONG = (1.0, 1.0), (0.0, 0.0)
 

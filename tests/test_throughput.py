@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 
 from autotune.config import Budget, Configuration, Workload
 from autotune.engine.decode import Generation
-from autotune.measure.throughput import (
-    DRIFT,
-    MAX_ROUNDS,
-    drift,
-    measure_throughput,
-    pooled,
-    rate_interval,
-    summarize,
-)
-from autotune.trial import Trials
+from autotune.measure.throughput import DRIFT, MAX_ROUNDS, drift, measure_throughput, pooled, rate_interval, summarize
+from autotune.trial.trials import Trials
 
 PLAIN = Configuration()
 MIN_ROUNDS = 3

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from autotune import trial
 from autotune.config import MIB, Budget, Configuration, Workload
-from autotune.trial import Inputs, OurBug, Trials, WorkerFailed, WorkerProcess
+from autotune.trial import trials as trial
+from autotune.trial.trials import Inputs, OurBug, Trials, WorkerFailed, WorkerProcess
 
 FAULTY = Path(__file__).with_name("faulty_worker.py")
 BUDGET = Budget(500 * MIB)
@@ -29,7 +29,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
     monkeypatch.setattr(trial, "WORKER", (sys.executable, str(FAULTY)))
     monkeypatch.setenv("FAULT", str(tmp_path / "fault.json"))
     monkeypatch.setenv("LIGHT", "1")
-    monkeypatch.setenv("PYTHONPATH", str(Path(trial.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(trial.__file__).parents[2]))
     return lambda do, at="measure", **more: (tmp_path / "fault.json").write_text(
         json.dumps({"do": do, "at": at, **more})
     )

@@ -17,14 +17,15 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import synthetic_record
 
-from autotune import trial, verify
 from autotune.cli import main
 from autotune.config import MIB, Configuration, Record, Workload, mib
 from autotune.demo import DRAFT, TARGET
 from autotune.engine.load import full_precision
-from autotune.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
+from autotune.policy import verify
+from autotune.policy.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
+from autotune.policy.verify import Verification, verify_policy
 from autotune.run import fingerprint
-from autotune.verify import Verification, verify_policy
+from autotune.trial import trials as trial
 
 WORDS = full_precision("cpu")
 BUDGET = 1000 * MIB

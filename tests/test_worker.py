@@ -10,11 +10,11 @@ from unittest.mock import Mock, call
 
 import pytest
 
-from autotune import trial
 from autotune.config import MIB, Budget, Configuration, Record, Workload
 from autotune.demo import DRAFT, held_out_text
-from autotune.trial import Inputs, OurBug, Trials, WorkerFailed, WorkerProcess
-from autotune.worker import Worker
+from autotune.trial import trials as trial
+from autotune.trial.trials import Inputs, OurBug, Trials, WorkerFailed, WorkerProcess
+from autotune.trial.worker import Worker
 
 FAULTY = Path(__file__).with_name("faulty_worker.py")
 CONTEXTS = (64, 3072)
@@ -55,7 +55,7 @@ def trials(folder: Path, plain: WorkerProcess) -> Iterator[Trials]:
         patch.setattr(trial, "STABLE", 100.0)  # how steady this machine is now is not the question
         patch.setattr(trial, "BUSY", 1.0)
         patch.setattr(trial, "_LOOK", (3, 0.0))  # three rounds will do
-        patch.setenv("PYTHONPATH", str(Path(trial.__file__).parents[1]))
+        patch.setenv("PYTHONPATH", str(Path(trial.__file__).parents[2]))
         patch.setenv("FAULT", str(folder / "fault.json"))
         trials.inputs = inputs
         yield trials

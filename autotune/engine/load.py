@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..config import HEAD_WEIGHTS
-from ..prequantized import PARTS, Packing, UnreadablePacking, read_packing
+from ..model.stored import PARTS, Packing, UnreadablePacking, read_packing
 from .linear import Int4Linear, Merged, Slice, concatenated, fits_int4, siblings
 
 Progress = Callable[[str], None]

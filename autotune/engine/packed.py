@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..prequantized import AWQ_ORDER, PARTS, Packing, UnreadablePacking
+from ..model.stored import AWQ_ORDER, PARTS, Packing, UnreadablePacking
 from .linear import INT4_GROUP, Int4Linear, int4_multiplies
 from .load import Unsupported
 

@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
-_PACKAGE = str(Path(__file__).resolve().parent)
+_PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
 class Worker:
@@ -47,8 +47,8 @@ class Worker:
         import optimum.quanto  # noqa: F401
         import transformers
 
-        from .engine import decode  # noqa: F401
-        from .measure import machine, memory, quality, task, throughput  # noqa: F401
+        from ..engine import decode  # noqa: F401
+        from ..measure import machine, memory, quality, task, throughput  # noqa: F401
 
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -57,7 +57,7 @@ class Worker:
     def start(self, device: str, budget_bytes: int | None) -> dict[str, Any]:
         import torch
 
-        from .measure.memory import Meter
+        from ..measure.memory import Meter
 
         self.device = device
         if device != "cpu":
@@ -70,32 +70,32 @@ class Worker:
         """What this machine is: for run.json and the policy."""
         import torch
 
-        from .measure.machine import bandwidth, describe
+        from ..measure.machine import bandwidth, describe
 
         return {**describe(self.device), "bandwidth_bytes_per_s": bandwidth(self.device), "torch": torch.__version__}
 
     def probe(self, words: dict[str, list[str]]) -> dict[str, dict[str, str]]:
         """Which of the words this machine cannot run, each with its reason."""
-        from .measure.machine import probe
+        from ..measure.machine import probe
 
         return probe(words, self.device, self.phase)
 
     def inputs(self, **request: Any) -> dict[str, Any]:
-        from .measure.inputs import prepare
+        from ..measure.inputs import prepare
 
         self.phase("reading the text")
         return prepare(**request)
 
     def task(self, **request: Any) -> dict[str, Any]:
-        from .measure.task import prepare
+        from ..measure.task import prepare
 
         self.phase("reading the task")
         return prepare(**request)
 
     def load(self, model: str, group: dict[str, str]) -> dict[str, Any]:
-        from .config import LoadGroup
-        from .engine.decode import Engine
-        from .measure.memory import module_bytes
+        from ..config import LoadGroup
+        from ..engine.decode import Engine
+        from ..measure.memory import module_bytes
 
         began = time.perf_counter()
         self.engine = None
@@ -125,8 +125,8 @@ class Worker:
         """The unquantized model; or quantized checkpoint; where the device cannot hold the former, from host memory."""
         import torch
 
-        from .config import LoadGroup
-        from .engine.decode import Engine
+        from ..config import LoadGroup
+        from ..engine.decode import Engine
 
         self.phase("loading the reference")
         group = LoadGroup(weights=weights)
@@ -153,8 +153,8 @@ class Worker:
         import numpy as np
         import torch
 
-        from .config import Configuration
-        from .measure.inputs import windows
+        from ..config import Configuration
+        from ..measure.inputs import windows
 
         prompts, continuations = windows(inputs, context)
         self.phase(f"scoring the reference at {context} tokens")
@@ -174,8 +174,8 @@ class Worker:
         `ln_ratio` is |ln(perplexity ratio)| at the farther end of its 95 % interval, because the mean of what has no
         sign may be near 0 by chance. Nothing where the model cannot change its attention, or has no room for this one.
         """
-        from .config import Configuration
-        from .measure.memory import out_of_memory
+        from ..config import Configuration
+        from ..measure.memory import out_of_memory
 
         self.phase(f"measuring the noise floor at {context} tokens")
         target = self.engine.target
@@ -198,7 +198,7 @@ class Worker:
 
     def reference_task(self, path: str) -> dict[str, Any]:
         """Answer the task's questions with what is loaded and keep the scores beside them."""
-        from .config import Configuration
+        from ..config import Configuration
 
         self.phase("answering the task with the reference")
         task = json.loads(Path(path).read_text())
@@ -210,7 +210,7 @@ class Worker:
         """How good each answer is. Plain decoding answers: speculation and launch change no text (promise 3)."""
         from transformers import AutoTokenizer
 
-        from .measure.task import score
+        from ..measure.task import score
 
         # of this process, and so of the footprint: a deployment has one as well
         tokenizer = AutoTokenizer.from_pretrained(task["model"], local_files_only=True)
@@ -220,7 +220,7 @@ class Worker:
 
     def _answer(self, tokenizer: Any, question: list[int], configuration: Any) -> str:
         """The first line of the greedy continuation."""
-        from .measure.task import ANSWER
+        from ..measure.task import ANSWER
 
         tokens: list[int] = []
 
@@ -238,7 +238,7 @@ class Worker:
         return text().partition("\n")[0]
 
     def _score(self, prompt: list[int], continuation: list[int], configuration: Any) -> Any:
-        from .measure.quality import STEP
+        from ..measure.quality import STEP
 
         return self.engine.score(prompt, continuation, configuration, STEP)
 
@@ -266,11 +266,11 @@ class Worker:
         task: str | None = None,
     ) -> dict[str, Any]:
         """Everything that a record holds and this side can see."""
-        from .config import Configuration
-        from .measure.inputs import prompts_of
-        from .measure.machine import state, waiting
-        from .measure.task import figures as task_figures
-        from .measure.throughput import measure_throughput, summarize
+        from ..config import Configuration
+        from ..measure.inputs import prompts_of
+        from ..measure.machine import state, waiting
+        from ..measure.task import figures as task_figures
+        from ..measure.throughput import measure_throughput, summarize
 
         began = time.perf_counter()
         chosen = Configuration(**configuration)
@@ -335,8 +335,8 @@ class Worker:
         import numpy as np
         import torch
 
-        from .measure.inputs import windows
-        from .measure.quality import compare
+        from ..measure.inputs import windows
+        from ..measure.quality import compare
 
         stored = np.load(reference, mmap_mode="r")
         prompts, continuations = windows(inputs, context)
@@ -398,10 +398,10 @@ def serve(requests: IO[str], events: IO[str]) -> None:
 def _failure(error: Exception) -> dict[str, Any]:
     import torch
 
-    from .config import mib
-    from .engine.load import Unsupported
-    from .measure.inputs import UnusableText
-    from .measure.memory import out_of_memory
+    from ..config import mib
+    from ..engine.load import Unsupported
+    from ..measure.inputs import UnusableText
+    from ..measure.memory import out_of_memory
 
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     trace = "".join(traceback.format_exception(error))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import Configuration
+from ..config import Configuration
 
 Pair = tuple[Configuration, int]
 Floats = Any  # a numpy array of float64

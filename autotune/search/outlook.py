@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import Configuration, LoadGroup, Record, median_error
+from ..config import Configuration, LoadGroup, Record, median_error
 from .surrogate import Pool, below, footprint_belief, improvement, rate_belief, sound_belief
 
 if TYPE_CHECKING:

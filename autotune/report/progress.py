@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .config import OBJECTIVES, Configuration, Objective, Record, mib
-from .report_view import describe
-from .request import Watch
+from ..config import OBJECTIVES, Configuration, Objective, Record, mib
+from ..request import Watch
+from .view import describe
 
 UNITS: dict[Objective, str] = dict(zip(OBJECTIVES, ("tokens/s", "decode tokens/s", "first tokens/s"), strict=True))
 

@@ -17,6 +17,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..config import (
+    ATTENTIONS,
+    CACHES,
+    LM_HEADS,
+    WEIGHTS,
+    Budget,
+    Configuration,
+    Objective,
+    Record,
+    Workload,
+    median_error,
+    per_round,
+)
 from .choice import (
     as_done,
     broken,
@@ -34,23 +47,10 @@ from .choice import (
     tied_loads,
     within,
 )
-from .config import (
-    ATTENTIONS,
-    CACHES,
-    LM_HEADS,
-    WEIGHTS,
-    Budget,
-    Configuration,
-    Objective,
-    Record,
-    Workload,
-    median_error,
-    per_round,
-)
 
 SCHEMA_VERSION = 1
 TASK_FIGURES = ("task_exact_match", "task_f1", "task_f1_interval", "task_loss")
-SCHEMA_FILE = Path(__file__).parent / "policy.schema.json"
+SCHEMA_FILE = Path(__file__).parents[1] / "policy.schema.json"
 _NAMED = 2  # ties that a rule's note has in words
 
 

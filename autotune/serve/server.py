@@ -29,8 +29,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from ..policy.policy import PolicyError
 from .openai_api import FAILED, APIError, ChatRequest, CompletionRequest, parse, prompt_tokens, usage
-from .policy import PolicyError
 
 if TYPE_CHECKING:
     from .deploy import LLM, Stream

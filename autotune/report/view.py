@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from autotune.choice import as_done
-from autotune.config import MIB, Budget, Configuration, LoadGroup, Objective, Record, Workload, within_noise
+from ..config import MIB, Budget, Configuration, LoadGroup, Objective, Record, Workload, within_noise
+from ..policy.choice import as_done
 
 KNOBS = tuple(f.name for f in fields(Configuration))
 LOAD_KNOBS = tuple(f.name for f in fields(LoadGroup))

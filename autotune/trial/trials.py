@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import ALLOCATOR, MIB, Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib
+from ..config import ALLOCATOR, MIB, Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib
 
 STARTUP_S = 300.0
 LOAD_S = 900.0
@@ -30,7 +30,7 @@ BUSY = 0.25  # share of the time in which others kept the processors, or the GPU
 _LOOK, _CARE = (2, 6.0), (3, 10.0)  # least rounds and seconds of them: while searching, and for finalists
 SPILL = 256 * MIB  # a CUDA context's size is known only so well where NVML does not tell it
 SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
-WORKER = (sys.executable, "-m", "autotune.worker")
+WORKER = (sys.executable, "-m", "autotune.trial.worker")
 
 Phase = Callable[[str], None]
 _QUALITY = tuple(

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from .config import (
+from ..config import (
     ATTENTIONS,
     CACHES,
     EMBEDDINGS,
@@ -26,9 +26,9 @@ from .config import (
     Configuration,
 )
 
-BUILT_IN = Path(__file__).parent / "search_spaces"
+BUILT_IN = Path(__file__).parents[1] / "search_spaces"
 if not BUILT_IN.exists():  # a source checkout
-    BUILT_IN = Path(__file__).parent.parent / "search_spaces"
+    BUILT_IN = Path(__file__).parents[2] / "search_spaces"
 
 _WORDS: dict[str, tuple[str, ...] | None] = {
     "weights": WEIGHTS,

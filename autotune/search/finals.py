@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable
 from itertools import pairwise, zip_longest
 
-from .choice import choose, contender, keeps_up, near, rivals, speedup, tied
-from .config import Configuration, Record, Workload
-from .request import Request, Watch
+from ..config import Configuration, Record, Workload
+from ..policy.choice import choose, contender, keeps_up, near, rivals, speedup, tied
+from ..request import Request, Watch
+from ..trial.trials import Trials
 from .study import Search
-from .trial import Trials
 
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
 FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with contender and rivals takes no more

@@ -10,10 +10,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from . import plan
-from .config import Configuration, mib
-from .report_view import describe
-from .request import Request, check_inputs
+from ..config import Configuration, mib
+from ..model import footprint as plan
+from ..request import Request, check_inputs
+from .view import describe
 
 SHOWN = 24  # rows
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import __version__
-from .config import HEAD_WEIGHTS, Configuration, mib
+from .. import __version__
+from ..config import HEAD_WEIGHTS, Configuration, mib
 from .policy import Expected, Load, ModelInfo, Policy, Rule, Settings
 
 _HEADER = '''\

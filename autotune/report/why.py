@@ -6,18 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from autotune.choice import speedup
-from autotune.config import MIB, Record
-from autotune.report_view import (
-    Answer,
-    Html,
-    View,
-    describe,
-    join,
-    number,
-    tag,
-    words,
-)
+from ..config import MIB, Record
+from ..policy.choice import speedup
+from .view import Answer, Html, View, describe, join, number, tag, words
 
 _GB = 10**9
 _POINT = 0.01  # of quality loss

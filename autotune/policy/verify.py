@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Budget, Record, Workload, mib
+from ..config import Budget, Record, Workload, mib
+from ..run import fingerprint, input_files, prepare_inputs, text_file
+from ..trial.trials import Trials, WorkerFailed, lost_answers
 from .policy import Policy, PolicyError, Rule, read_policy
-from .run import fingerprint, input_files, prepare_inputs, text_file
-from .trial import Trials, WorkerFailed, lost_answers
 
 SLACK = 0.15  # how far below its interval a rate may fall on the machine that measured it: other load, other clocks
 WIDEST = 0.5  # an interval's lower end counts as at least this share of its median: [0, high] promises something too

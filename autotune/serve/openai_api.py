@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .policy import PolicyError
+from ..policy.policy import PolicyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,9 +17,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from autotune.config import MIB, OUTCOMES, Configuration, Record, mib
-from autotune.report_figures import context_figure, memory_section, pareto_section
-from autotune.report_view import (
+from ..config import MIB, OUTCOMES, Configuration, Record, mib
+from .figures import context_figure, memory_section, pareto_section
+from .view import (
     KNOBS,
     LOAD_KNOBS,
     Answer,
@@ -34,7 +34,7 @@ from autotune.report_view import (
     tag,
     words,
 )
-from autotune.report_why import why_section
+from .why import why_section
 
 
 def write_report(run: RunData, path: Path) -> None:
@@ -56,7 +56,7 @@ def write_report(run: RunData, path: Path) -> None:
         "measurements": _measurement_table(view),
         "inputs": _input_table(view),
     }
-    template = Template(resources.files("autotune").joinpath("report_template.html").read_text("utf-8"))
+    template = Template(resources.files("autotune.report").joinpath("template.html").read_text("utf-8"))
     path.write_text(template.substitute(parts), "utf-8")
 
 

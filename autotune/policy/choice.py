@@ -15,7 +15,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from .config import Configuration, LoadGroup, Objective, Record, Workload
+from ..config import Configuration, LoadGroup, Objective, Record, Workload
 
 TIE = 0.97  # a simpler configuration must reach this share of the best rate to be called a tie in the search
 NEAR = 0.9  # and this in the finals, however wide the error, to be recommended in the place of the fastest

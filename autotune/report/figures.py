@@ -10,20 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from autotune.config import MIB, OUTCOMES, Configuration, LoadGroup, Record
-from autotune.report_view import (
-    Answer,
-    Html,
-    View,
-    describe,
-    join,
-    knob_texts,
-    number,
-    quality_loss,
-    quality_loss_error,
-    tag,
-    words,
-)
+from ..config import MIB, OUTCOMES, Configuration, LoadGroup, Record
+from .view import Answer, Html, View, describe, join, knob_texts, number, quality_loss, quality_loss_error, tag, words
 
 _INK, _FAINT, _GRID, _CHOSEN, _FAILED = "#1f2933", "#9aa5b1", "#e4e7eb", "#c2410c", "#8a4b3c"
 # Lightness falls steadily, so that it reads without colour as well.

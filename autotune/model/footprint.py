@@ -26,8 +26,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from autotune.config import MIB, Budget, Configuration, Record, draft_head
-from autotune.prequantized import PARTS, Packing, UnreadablePacking, read_packing
+from ..config import MIB, Budget, Configuration, Record, draft_head
+from .stored import PARTS, Packing, UnreadablePacking, read_packing
 
 BNB_BLOCK = 64  # weights that share one absmax
 BNB_NESTED_BLOCK = 256  # absmax values that share one second-level scale (double quantization)

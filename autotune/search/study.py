@@ -19,11 +19,11 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from .config import Budget, Configuration, LoadGroup, Record, Workload
+from ..config import Budget, Configuration, LoadGroup, Record, Workload
+from ..measure.throughput import pooled
+from ..results import RECORD, RunError, open_storage
 from .earlier import Earlier
-from .measure.throughput import pooled
 from .outlook import TOO_LARGE, Outlook, did_not_load
-from .results import RECORD, RunError, open_storage
 from .space import Space
 
 Measure = Callable[[Configuration, int, str], Record]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import OUTCOMES, Configuration, Record
-from .results import RunError, read_info
+from ..config import OUTCOMES, Configuration, Record
+from ..results import RunError, read_info
 from .space import Space
 
 _FOLDERS = 50  # that are looked into, those changed last first

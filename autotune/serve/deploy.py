@@ -28,10 +28,10 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
-from .config import ALLOCATOR, MIB, LoadGroup, mib
-from .engine.decode import Engine, Generation, Sampling
-from .measure.memory import Meter, out_of_memory
-from .policy import ModelInfo, Policy, PolicyError, Rule, read_policy
+from ..config import ALLOCATOR, MIB, LoadGroup, mib
+from ..engine.decode import Engine, Generation, Sampling
+from ..measure.memory import Meter, out_of_memory
+from ..policy.policy import ModelInfo, Policy, PolicyError, Rule, read_policy
 
 _SMALL = 64 * MIB  # bytes of a file that is hashed before it is loaded
 FinishReason = Literal["stop", "length", "closed"]

@@ -1,0 +1,1 @@
+"""Which configurations are looked at, in which order, and when that is enough."""

@@ -1,0 +1,1 @@
+"""A policy deployed: from Python, and as OpenAI's API."""
