@@ -384,7 +384,7 @@ class _plain_errors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
             return
-        from .model.footprint import PlanError
+        from .model.folder import PlanError
         from .policy.policy import PolicyError
         from .results import RunError
         from .run import NothingFits
@@ -402,7 +402,7 @@ def _answer_is_no(text: str) -> click.ClickException:
 
 def _request(options: dict[str, Any]) -> Request:
     """The options as a checked request."""
-    from .model.footprint import PlanError
+    from .model.folder import PlanError
     from .request import Request
     from .search.space import SpaceError, read_space
 

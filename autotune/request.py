@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import Budget, Configuration, Record, Workload
-from .model import footprint as planning
+from .model.folder import PlanError, check_folder
+from .model.shape import ModelShape, read_shape
 from .search.space import Space
 
 
@@ -47,26 +48,26 @@ class Request:
         return f"autotune-{self.out.name}"
 
 
-def check_inputs(request: Request) -> dict[str, planning.ModelShape]:
+def check_inputs(request: Request) -> dict[str, ModelShape]:
     """Shapes of the target and of every draft, checked before anything starts. Raises PlanError."""
     shapes = {}
     for folder in [request.model, *request.drafts]:
-        planning.check_folder(folder)
-        shapes[str(folder)] = planning.read_shape(folder)
+        check_folder(folder)
+        shapes[str(folder)] = read_shape(folder)
     target = shapes[str(request.model)]
     for draft in request.drafts:
         if shapes[str(draft)].vocab_size != target.vocab_size:
-            raise planning.PlanError(
+            raise PlanError(
                 f"--draft {draft} has a vocabulary of {shapes[str(draft)].vocab_size} tokens, the model has "
                 f"{target.vocab_size}: speculation needs a draft with the model's own tokenizer"
             )
         if None not in (words := (_vocabulary(request.model), _vocabulary(draft))) and words[0] != words[1]:
-            raise planning.PlanError(
+            raise PlanError(
                 f"--draft {draft} has other tokens than the model: speculation needs a draft with the model's tokenizer"
             )
     longest = max(request.workload.contexts) + request.workload.new_tokens
     if target.max_position_embeddings and longest > target.max_position_embeddings:
-        raise planning.PlanError(
+        raise PlanError(
             f"--contexts {max(request.workload.contexts)} with --new-tokens {request.workload.new_tokens} needs "
             f"{longest} positions; the model has {target.max_position_embeddings}"
         )
@@ -80,4 +81,4 @@ def _vocabulary(folder: Path) -> Any:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise planning.PlanError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
+        raise PlanError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None

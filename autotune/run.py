@@ -14,7 +14,9 @@ from typing import Any
 
 from . import __version__
 from .config import HEAD_WEIGHTS, Configuration, Record, Workload, mib
-from .model import footprint as planning
+from .model.calibration import DEFAULT, Calibration, calibrate, cheapest, predict
+from .model.footprint import Prediction
+from .model.shape import ModelShape, read_shape
 from .policy.choice import best_group, choose, contender, settle, unfinished
 from .policy.policy import Policy, make_policy, write_policy
 from .report.page import write_report
@@ -48,7 +50,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
     """Search, measure the finalists again, choose; returns the policy that the run folder then holds.
 
     None where no configuration was feasible. KeyboardInterrupt ends the search; what was measured still makes a policy.
-    Raises NothingFits before anything is measured, RunError and planning.PlanError for inputs that cannot be used.
+    Raises NothingFits before anything is measured, RunError and PlanError for inputs that cannot be used.
     """
     shapes = check_inputs(request)
     _check_budget(request, shapes)
@@ -75,7 +77,7 @@ def tune(request: Request, watch: Watch) -> Policy | None:
     return conclude(request.out, chosen, baselines)
 
 
-def _check_budget(request: Request, shapes: dict[str, planning.ModelShape]) -> None:
+def _check_budget(request: Request, shapes: dict[str, ModelShape]) -> None:
     """Raises NothingFits where even the smallest prediction is over the budget."""
     kind = "cpu" if request.budget.device == "cpu" else "cuda"
     alone = {**request.space.choices, "draft": ("none",), "attention": request.space.choices["attention"][:1]}
@@ -87,14 +89,14 @@ def _check_budget(request: Request, shapes: dict[str, planning.ModelShape]) -> N
         quantized=shapes[str(request.model)].prequantized,
         failed={},
     )
-    configuration, context, prediction = planning.cheapest(
+    configuration, context, prediction = cheapest(
         shapes[str(request.model)],
         {},
         list(space.configurations()),
         [min(request.workload.contexts)],
         request.workload.new_tokens,
         request.budget.device,
-        planning.DEFAULT[kind],
+        DEFAULT[kind],
     )
     least = int(prediction.total * 0.95)  # what the prediction's own error leaves open
     if least > request.budget.bytes:
@@ -226,7 +228,7 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
             worker.kill()
         _write(request.out / "run.json", info)
     trials.inputs = inputs
-    shape = planning.read_shape(request.model)
+    shape = read_shape(request.model)
     space = request.space.restrict(
         device=request.budget.device,
         full_precision=info["environment"]["full_precision"],
@@ -315,7 +317,7 @@ def prepare_inputs(
     With a run's `identity`, scores of earlier runs are used again and the noise floor is measured. Returns what was cut
     (`text`) and how it was scored (`reference`). Raises WorkerFailed.
     """
-    shape, inputs = planning.read_shape(model), input_files(folder, workload)
+    shape, inputs = read_shape(model), input_files(folder, workload)
     cut = worker.request(
         "inputs",
         300,
@@ -352,7 +354,7 @@ def text_file(workload: Workload, folder: Path) -> Path:
 def _search(
     request: Request,
     space: Space,
-    shapes: dict[str, planning.ModelShape],
+    shapes: dict[str, ModelShape],
     studies: Studies,
     trials: Trials,
     info: dict[str, Any],
@@ -413,13 +415,13 @@ def _search(
 class Foresight:
     """What the plan says of a configuration, calibrated by what was measured so far."""
 
-    def __init__(self, request: Request, shapes: dict[str, planning.ModelShape], base_bytes: int):
+    def __init__(self, request: Request, shapes: dict[str, ModelShape], base_bytes: int):
         self.request, self.shapes = request, shapes
-        self.default = planning.DEFAULT[request.budget.device.partition(":")[0]]
+        self.default = DEFAULT[request.budget.device.partition(":")[0]]
         self.untaught = self.calibration = dataclasses.replace(self.default, base_bytes=base_bytes)
-        self.pairs: list[tuple[Record, planning.Prediction]] = []
+        self.pairs: list[tuple[Record, Prediction]] = []
         self.fitted = 0  # of the pairs, so many are in the calibration
-        self.formulas: dict[tuple[Configuration, int], planning.Prediction] = {}
+        self.formulas: dict[tuple[Configuration, int], Prediction] = {}
 
     def learn(self, record: Record, new_tokens: int | None = None) -> None:
         """A measured peak corrects the predictions that follow."""
@@ -429,7 +431,7 @@ class Foresight:
         self.pairs.append((record, prediction))
         if len(self.pairs) >= max(_LEARNT, _GROWN * self.fitted):
             self.fitted = len(self.pairs)
-            self.calibration = planning.calibrate(self.pairs, self.request.budget.device)
+            self.calibration = calibrate(self.pairs, self.request.budget.device)
 
     def predicted(self, configuration: Configuration, context: int) -> int:
         """The footprint in bytes as the formulas have it, before anything is learnt."""
@@ -439,7 +441,7 @@ class Foresight:
         """What a decode step reads, in bytes."""
         return self._formula(configuration, context).decode_floor_s or 0.0
 
-    def _formula(self, configuration: Configuration, context: int) -> planning.Prediction:
+    def _formula(self, configuration: Configuration, context: int) -> Prediction:
         pair = configuration, context
         if pair not in self.formulas:
             self.formulas[pair] = self._predict(configuration, context, self.untaught, bandwidth=1.0)
@@ -457,11 +459,11 @@ class Foresight:
         self,
         configuration: Configuration,
         context: int,
-        calibration: planning.Calibration,
+        calibration: Calibration,
         new_tokens: int | None = None,
         bandwidth: float | None = None,
-    ) -> planning.Prediction:
-        return planning.predict(
+    ) -> Prediction:
+        return predict(
             self.shapes[str(self.request.model)],
             self.shapes.get(configuration.draft),
             configuration,

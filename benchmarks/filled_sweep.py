@@ -23,7 +23,7 @@ import click
 import numpy as np
 
 from autotune.config import Configuration, LoadGroup, Record
-from autotune.model import footprint as plan
+from autotune.model.calibration import DEFAULT, predict
 from autotune.search.outlook import with_idle
 from autotune.search.space import Space
 from autotune.search.surrogate import Belief, Pool, footprint_belief, rate_belief
@@ -69,8 +69,8 @@ class Filled:
     def _predicted(self, configuration: Configuration, context: int) -> int:
         shapes, device = self.sweep.shapes, self.sweep.header["device"]
         draft, new_tokens = shapes.get(configuration.draft), self.sweep.workload.new_tokens
-        calibration = plan.DEFAULT[device.partition(":")[0]]
-        return plan.predict(shapes["model"], draft, configuration, context, new_tokens, device, calibration).total
+        calibration = DEFAULT[device.partition(":")[0]]
+        return predict(shapes["model"], draft, configuration, context, new_tokens, device, calibration).total
 
     def line(self, configuration: Configuration, context: int) -> dict[str, Any]:
         """What a sweep wrote of the pair, or would have written."""

@@ -16,7 +16,8 @@ import click
 
 from autotune.config import Budget, Configuration, Record, Workload, mib, parse_bytes, parse_tokens
 from autotune.demo import DRAFT, TARGET, held_out_text
-from autotune.model import footprint as plan
+from autotune.model.calibration import DEFAULT, largest_context
+from autotune.model.shape import read_shape
 from autotune.trial.trials import Inputs, Trials
 
 NEW_TOKENS = 32
@@ -66,7 +67,7 @@ def main(
     asked = [plain]
     if draft is not None:
         asked.insert(0, plain.replace(draft=str(draft), draft_weights=plain.weights, depth=depth))
-    shapes = {str(folder): plan.read_shape(folder) for folder in (model, draft) if folder}
+    shapes = {str(folder): read_shape(folder) for folder in (model, draft) if folder}
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -89,13 +90,13 @@ def main(
 
             for chosen in asked:
                 fits, fails = longest(lengths, measure)
-                said = plan.largest_context(
+                said = largest_context(
                     shapes[str(model)],
                     shapes.get(chosen.draft),
                     chosen,
                     NEW_TOKENS,
                     limit,
-                    plan.DEFAULT[device.partition(":")[0]],
+                    DEFAULT[device.partition(":")[0]],
                 )
                 name = "with the draft" if chosen.has_draft_model else "without a draft"
                 tokens, peak = (fits.context_tokens, fits.peak_bytes or 0) if fits else (0, 0)

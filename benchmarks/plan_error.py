@@ -2,7 +2,7 @@
 
 Every combination of weights, cache, context and draft is predicted from config.json and measured in a capped worker as
 a run measures it: a few new tokens, one round. The calibrated column is never a fit to the record that it is judged by:
-records are split in two halves, alternately within each load group, each half is predicted with what `plan.calibrate`
+records are split in two halves, alternately within each load group, each half is predicted with what `calibrate`
 learned from the other, and so every record is held out once. A run learns from all records that it has, as it goes.
 
 Errors are (predicted - measured) / measured: negative is an under-prediction, which lets through what does not fit. The
@@ -25,7 +25,10 @@ import click
 
 from autotune.config import Budget, Configuration, Record, Workload, mib, parse_tokens
 from autotune.demo import DRAFT, TARGET, held_out_text
-from autotune.model import footprint as plan
+from autotune.model import calibration
+from autotune.model.calibration import DEFAULT, Calibration, calibrate
+from autotune.model.footprint import Prediction
+from autotune.model.shape import ModelShape, read_shape
 from autotune.trial.trials import Inputs, Trials, WorkerFailed
 
 NEW_TOKENS = 8
@@ -36,7 +39,7 @@ BARS = {"cpu": 0.05, "cuda": 0.03}
 BELOW = 0.01
 HOPELESS = 1e12  # tokens/s that nothing reaches: one round is enough
 
-Pair = tuple[Record, plan.Prediction]
+Pair = tuple[Record, Prediction]
 
 
 def configurations(weights: list[str], caches: list[str], draft: Path | None, chunk: int) -> list[Configuration]:
@@ -53,17 +56,19 @@ def _head(weights: str) -> str:
 
 
 def predict(
-    shapes: dict[str, plan.ModelShape], target: str, record: Record, device: str, learned: plan.Calibration
-) -> plan.Prediction:
+    shapes: dict[str, ModelShape], target: str, record: Record, device: str, learned: Calibration
+) -> Prediction:
     c = record.configuration
-    return plan.predict(shapes[target], shapes.get(c.draft), c, record.context_tokens, NEW_TOKENS, device, learned)
+    return calibration.predict(
+        shapes[target], shapes.get(c.draft), c, record.context_tokens, NEW_TOKENS, device, learned
+    )
 
 
-def held_out(pairs: list[Pair], shapes: dict[str, plan.ModelShape], target: str, device: str) -> list[int]:
+def held_out(pairs: list[Pair], shapes: dict[str, ModelShape], target: str, device: str) -> list[int]:
     """Each record's footprint as predicted with what the other half taught."""
     said = [0] * len(pairs)
     for half in (0, 1):
-        learned = plan.calibrate([pair for i, pair in enumerate(pairs) if i % 2 != half], device)
+        learned = calibrate([pair for i, pair in enumerate(pairs) if i % 2 != half], device)
         for i, (record, _) in enumerate(pairs):
             if i % 2 == half:
                 said[i] = predict(shapes, target, record, device, learned).total
@@ -149,7 +154,7 @@ def main(
     device = "cuda:0" if device == "cuda" else earlier.get("device", device)
     kind = device.partition(":")[0]
     model, draft = (model, draft) if model else (TARGET, DRAFT)
-    shapes = {str(folder): plan.read_shape(folder) for folder in (model, draft) if folder}
+    shapes = {str(folder): read_shape(folder) for folder in (model, draft) if folder}
     asked = configurations(weights.split(","), caches.split(","), draft, chunk)
     lengths = [parse_tokens(word) for word in contexts.split(",")]
     pairs: list[Pair] = []
@@ -161,7 +166,7 @@ def main(
             if record.peak_bytes is None:
                 left_out.append(f"{words}  {record.outcome}: {record.reason}")
             else:
-                pairs.append((record, predict(shapes, str(model), record, device, plan.DEFAULT[kind])))
+                pairs.append((record, predict(shapes, str(model), record, device, DEFAULT[kind])))
             click.echo(f"{words}  {mib(record.peak_bytes or 0)}", err=True)
     if len(pairs) < 2:
         raise click.ClickException("\n".join(["nothing was measured", *left_out]))

@@ -55,7 +55,7 @@ import optuna
 from autotune import run
 from autotune.config import Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib, parse_bytes, per_round
 from autotune.measure.throughput import hopeless, summarize
-from autotune.model import footprint as plan
+from autotune.model.shape import LayerShape, Linear, ModelShape
 from autotune.policy.choice import best_group, choose
 from autotune.request import Watch
 from autotune.results import frame
@@ -118,7 +118,7 @@ class Sweep:
         return Held(choices, held=held, idle=idle)
 
     @cached_property
-    def shapes(self) -> dict[str, plan.ModelShape]:
+    def shapes(self) -> dict[str, ModelShape]:
         return {name: shape_of(data) for name, data in self.header["shapes"].items()}
 
     @cached_property
@@ -530,11 +530,11 @@ def replayed(path: Path, shares: tuple[float, ...], task: tuple[str, int, int]) 
     return rows
 
 
-def shape_of(data: dict[str, Any]) -> plan.ModelShape:
-    def block(entry: dict[str, Any]) -> plan.LayerShape:
-        return plan.LayerShape(**{**entry, "linears": tuple(plan.Linear(*linear) for linear in entry["linears"])})
+def shape_of(data: dict[str, Any]) -> ModelShape:
+    def block(entry: dict[str, Any]) -> LayerShape:
+        return LayerShape(**{**entry, "linears": tuple(Linear(*linear) for linear in entry["linears"])})
 
-    return plan.ModelShape(
+    return ModelShape(
         **{**data, "layers": tuple(block(entry) for entry in data["layers"]), "rest": block(data["rest"])}
     )
 

@@ -39,7 +39,7 @@ import click
 from autotune import run
 from autotune.config import Budget, Configuration, LoadGroup, Record, Workload, mib, parse_tokens
 from autotune.demo import DRAFT, TARGET
-from autotune.model import footprint as plan
+from autotune.model.folder import PlanError
 from autotune.request import Watch, check_inputs
 from autotune.results import RunError
 from autotune.search.space import Space, SpaceError, read_space
@@ -385,7 +385,7 @@ def main(
                 ),
             }
             figures = sweep(request, header, out, sample, groups, seed, number)
-        except (plan.PlanError, SpaceError, RunError) as error:
+        except (PlanError, SpaceError, RunError) as error:
             raise click.UsageError(str(error)) from None
     click.echo(f"{figures['measured']} of {figures['pairs']} pairs are in {figures['out']}: {figures['outcomes']}")
     click.echo(json.dumps(figures))

@@ -24,7 +24,9 @@ from typing import Any
 import click
 
 from autotune.config import MIB, Configuration, Record, Workload
-from autotune.model import footprint as plan
+from autotune.model.calibration import DEFAULT, predict
+from autotune.model.folder import CONFIG
+from autotune.model.shape import ModelShape, read_shape
 from autotune.search.space import Space
 
 from .sweep import compact, configurations
@@ -66,9 +68,9 @@ def luck(seed: int, spread: float, *words: Any) -> float:
     return math.exp(spread * random.Random(f"{seed} {words}").gauss(0, 1)) if seed else 1.0
 
 
-def decode_s(c: Configuration, context: int, shapes: dict[str, plan.ModelShape], seed: int) -> float:
+def decode_s(c: Configuration, context: int, shapes: dict[str, ModelShape], seed: int) -> float:
     """Seconds a generated token takes."""
-    said = plan.predict(shapes["model"], shapes.get(c.draft), c, context, NEW_TOKENS, "cuda:0", plan.DEFAULT["cuda"])
+    said = predict(shapes["model"], shapes.get(c.draft), c, context, NEW_TOKENS, "cuda:0", DEFAULT["cuda"])
     launching = {"eager": 0.018, "graph": 0.0008}[c.launch] * luck(seed, 0.8, "launch", c.launch)
     attention = _ATTENTION[c.cache] * context * (0.4 if c.attention == "split_kv" else 1.0)
     attention *= luck(seed, 0.5, c.cache) * luck(seed, 0.5, c.attention)
@@ -99,8 +101,8 @@ def main(path: Path, every: int, seed: int) -> None:
     shapes = {}
     for name, config in (("model", SHAPE), ("draft1", DRAFT)):
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / plan.CONFIG).write_text(json.dumps(config))
-            shapes[name] = plan.read_shape(Path(folder))
+            (Path(folder) / CONFIG).write_text(json.dumps(config))
+            shapes[name] = read_shape(Path(folder))
     asked = configurations(Space(CHOICES), "bf16")
     held = [*asked[:3], *random.Random(seed).sample(asked[3:], (len(asked) - 3) // every)]
     header = {
@@ -122,13 +124,13 @@ def main(path: Path, every: int, seed: int) -> None:
     click.echo(f"{len(held)} of {len(asked)} configurations at {len(CONTEXTS)} contexts")
 
 
-def line(c: Configuration, context: int, shapes: dict[str, plan.ModelShape], seed: int) -> dict[str, Any]:
+def line(c: Configuration, context: int, shapes: dict[str, ModelShape], seed: int) -> dict[str, Any]:
     """One measurement of the sweep."""
 
     def draw(*words: Any) -> float:
         return random.Random(f"{seed} {words}").gauss(0, 1)
 
-    said = plan.predict(shapes["model"], shapes.get(c.draft), c, context, NEW_TOKENS, "cuda:0", plan.DEFAULT["cuda"])
+    said = predict(shapes["model"], shapes.get(c.draft), c, context, NEW_TOKENS, "cuda:0", DEFAULT["cuda"])
     words = [(knob, getattr(c, knob)) for knob in _KNOBS]
     off = sum(draw("footprint", c_word) for c_word in (c.weights, c.cache, c.launch, c.draft))
     body = said.total - said.owners["base"]

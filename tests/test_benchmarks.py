@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from autotune.config import Configuration, Record
 from autotune.demo import TARGET
-from autotune.model import footprint as plan
+from autotune.model.calibration import DEFAULT, SPREAD
+from autotune.model.shape import read_shape
 from benchmarks import crosscheck, plan_error
 
 
@@ -40,18 +41,18 @@ def test_a_peer_that_cannot_be_installed_is_named(tmp_path: Path) -> None:
 
 
 def test_each_half_is_predicted_with_what_the_other_taught() -> None:
-    shape = plan.read_shape(TARGET)
+    shape = read_shape(TARGET)
     shapes, target = {str(TARGET): shape}, str(TARGET)
     pairs = []
     for number, context in enumerate((512, 512, 1024, 1024)):
         bare = Record(Configuration(), context, "ok", peak_bytes=1, base_bytes=400 * 2**20)
-        said = plan_error.predict(shapes, target, bare, "cpu", plan.DEFAULT["cpu"])
+        said = plan_error.predict(shapes, target, bare, "cpu", DEFAULT["cpu"])
         off = 10 if number % 2 else 50  # MiB that the odd and the even records take beyond the prediction
         peak = said.total + (20 + off) * 2**20
         pairs.append((Record(Configuration(), context, "ok", peak_bytes=peak, base_bytes=400 * 2**20), said))
     after = plan_error.held_out(pairs, shapes, target, "cpu")
     for number, said in enumerate(after):  # the other record at this context, and the room for the next
-        assert said == pytest.approx(pairs[number ^ 1][0].peak_bytes * (1 + plan.SPREAD["cpu"]), rel=1e-6)
+        assert said == pytest.approx(pairs[number ^ 1][0].peak_bytes * (1 + SPREAD["cpu"]), rel=1e-6)
     assert plan_error.summarize([-0.04, 0.01, 0.03]) == {"p95": 0.04, "median": 0.03, "lowest": -0.04}
 
 

@@ -26,7 +26,9 @@ from autotune.engine.linear import Slice
 from autotune.engine.load import Unsupported, load_model
 from autotune.engine.packed import PackedLinear, Reordered
 from autotune.measure.memory import module_bytes
-from autotune.model.footprint import DEFAULT, PlanError, predict, read_shape
+from autotune.model.calibration import DEFAULT, predict
+from autotune.model.folder import PlanError
+from autotune.model.shape import read_shape
 from autotune.trial.worker import Worker
 
 SIZE = {"hidden_size": 64, "intermediate_size": 128}

@@ -13,8 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotune.config import ATTENTIONS, CACHES, LAUNCHES, LM_HEADS, MIB, WEIGHTS, Budget, Configuration, Record
-from autotune.model import footprint as plan
-from autotune.model.footprint import DEFAULT, Calibration, ModelShape, PlanError, Prediction, predict, read_shape
+from autotune.model.activations import (
+    LOAD_COPIES,
+    MERGED,
+    QUANTIZING_BYTES,
+    UNPACKED,
+    WORKSPACE,
+    _attention_bytes,
+    _pass_bytes,
+)
+from autotune.model.calibration import DEFAULT, SPREAD, Calibration, calibrate, cheapest, largest_context, predict
+from autotune.model.folder import PlanError, _header, check_folder
+from autotune.model.footprint import Prediction, by_layer
+from autotune.model.shape import Linear, ModelShape, read_shape
+from autotune.model.weights import matrix_bytes, quanto_group
 
 GIB = 2**30
 LLAMA_8B = {
@@ -107,7 +119,7 @@ def at(shape: ModelShape, configuration: Configuration, context: int = 128, **mo
 def test_weights_after_loading_are_within_a_hundredth_and_a_half(llama, weights, lm_head, measured_gib):
     owners = at(llama, Configuration(weights=weights, lm_head=lm_head)).owners
     held = owners["weights"] + owners["lm_head"] + owners["embeddings"]
-    scratch = plan.LOAD_COPIES.get(weights, 0) * llama.largest_linear * 2  # bnb-int8 only; 8.46 GiB without it
+    scratch = LOAD_COPIES.get(weights, 0) * llama.largest_linear * 2  # bnb-int8 only; 8.46 GiB without it
     assert (held + scratch) / GIB == pytest.approx(measured_gib, rel=0.015)
 
 
@@ -115,8 +127,8 @@ def test_an_int4_head_is_sized_and_expanded_only_where_there_is_no_kernel_for_it
     head = Configuration(weights="quanto-int4", lm_head="int4", prefill_chunk=64, cache="static")
     assert at(llama, head).owners["lm_head"] == 128256 * 4096 // 2 + 128256 * 4096 // 128 * 4
     matrix = 128256 * 4096 * 2
-    assert plan._pass_bytes(llama, head, 1, 64, True, 1, "cuda") < matrix / 4
-    assert plan._pass_bytes(llama, head, 1, 64, True, 1, "cpu") > matrix
+    assert _pass_bytes(llama, head, 1, 64, True, 1, "cuda") < matrix / 4
+    assert _pass_bytes(llama, head, 1, 64, True, 1, "cpu") > matrix
 
 
 def test_the_embedding_and_the_cache_have_the_published_sizes(llama):
@@ -175,7 +187,7 @@ def test_loading_is_over_before_there_are_caches(llama):
     quantized = Configuration(weights="quanto-int4", lm_head="int4", embeddings="host", cache="quantized-4")
     short, long = (at(llama, quantized.replace(prefill_chunk=256), context) for context in (128, 1024))
     for prediction in (short, long):
-        during = plan.QUANTIZING_BYTES * plan.UNPACKED + plan.WORKSPACE["cuda"]
+        during = QUANTIZING_BYTES * UNPACKED + WORKSPACE["cuda"]
         assert prediction.owners["kv_cache"] + prediction.owners["activations"] == during
 
 
@@ -183,8 +195,8 @@ def test_loading_is_over_before_there_are_caches(llama):
 def test_a_prompt_without_a_mask_copies_a_few_heads_at_most(llama, cache, heads):
     configuration = Configuration(cache=cache, attention="split_kv", prefill_chunk=16)
     head = 2 * 128 * 16384 * 2
-    assert plan._attention_bytes(llama, configuration, 16, 16384, True, "cuda") == 3 * heads * head // 2
-    in_float32 = plan._attention_bytes(llama, configuration.replace(weights="fp32"), 16, 16384, True, "cuda")
+    assert _attention_bytes(llama, configuration, 16, 16384, True, "cuda") == 3 * heads * head // 2
+    in_float32 = _attention_bytes(llama, configuration.replace(weights="fp32"), 16, 16384, True, "cuda")
     assert in_float32 > 4 * head  # which PyTorch needs a mask for, and every head repeated
 
 
@@ -209,7 +221,7 @@ def test_where_gate_and_up_are_one_product_four_vectors_are_alive(llama):
     merged, apart = (at(llama, Configuration(weights=w), 8192).owners["activations"] for w in ("bf16", "quanto-int8"))
     assert merged - apart == vector
     on_cpu = at(llama, Configuration(), 8192, device="cpu").owners["activations"]
-    assert merged - on_cpu == vector + plan.WORKSPACE["cuda"]
+    assert merged - on_cpu == vector + WORKSPACE["cuda"]
 
 
 def test_the_floor_is_bytes_over_bandwidth(llama):
@@ -230,7 +242,7 @@ def test_a_quantized_matrix_has_the_size_that_bitsandbytes_gives_it():
     state = stored.quant_state
     parts = [stored.data, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     size = sum(part.numel() * part.element_size() for part in parts)
-    assert plan._matrix_bytes("bnb-nf4", plan.Linear("", 704, 256, 0), 2) == size
+    assert matrix_bytes("bnb-nf4", Linear("", 704, 256, 0), 2) == size
 
 
 @pytest.mark.parametrize(("inp", "group"), [(4096, 128), (704, 64), (1120, 32), (128, 128), (96, 96), (250, 250)])
@@ -239,12 +251,12 @@ def test_the_group_of_a_quanto_matrix_is_the_one_that_quanto_chooses(inp, group)
     quanto = pytest.importorskip("optimum.quanto")
     linear = torch.nn.Linear(inp, 8, bias=False, device="meta")
     chosen = quanto.QLinear.qcreate(linear, weights=quanto.qint4, device="meta").weight_group_size
-    assert plan.quanto_group(inp) == group == (chosen or inp)
+    assert quanto_group(inp) == group == (chosen or inp)
 
 
 def test_merged_weights_are_those_that_the_engine_merges():
     load = pytest.importorskip("autotune.engine.load")
-    assert plan.MERGED == load._MERGED
+    assert MERGED == load._MERGED
 
 
 @pytest.mark.parametrize("launch", ["eager", "graph"])
@@ -293,7 +305,7 @@ def test_headers_say_what_the_formulas_say(tmp_path, config):
     )
     model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")  # several shards and an index
     assert (tmp_path / "saved" / "model.safetensors.index.json").is_file()
-    plan.check_folder(tmp_path / "saved")
+    check_folder(tmp_path / "saved")
     read, worked_out = read_shape(tmp_path / "saved"), shape_of(tmp_path, config | {"dtype": "bfloat16"})
     assert read.exact
     assert not worked_out.exact
@@ -312,7 +324,7 @@ def test_an_unknown_family_is_read_from_its_headers_or_refused_by_name(tmp_path)
     shape = read_shape(tmp_path)
     assert shape.tied
     assert shape.parameters == 80 + 32 + 128 + 8
-    assert shape.layers[0].linears == (plan.Linear("h.0.mlp.w1.weight", 16, 8, 256),)
+    assert shape.layers[0].linears == (Linear("h.0.mlp.w1.weight", 16, 8, 256),)
 
 
 def test_a_text_config_is_followed(tmp_path):
@@ -367,10 +379,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_whole_folder_passes(folder):
-    plan.check_folder(folder)
+    check_folder(folder)
 
 
-@pytest.mark.parametrize("call", [plan.check_folder, read_shape])
+@pytest.mark.parametrize("call", [check_folder, read_shape])
 def test_a_missing_folder_or_config_is_named(tmp_path, call):
     with pytest.raises(PlanError, match="nowhere does not exist"):
         call(tmp_path / "nowhere")
@@ -404,7 +416,7 @@ def test_a_damaged_config_is_named(tmp_path, text):
 def test_a_truncated_file_is_refused(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    for call in (plan.check_folder, read_shape):
+    for call in (check_folder, read_shape):
         with pytest.raises(PlanError, match=r"model\.safetensors is truncated"):
             call(folder)
 
@@ -427,7 +439,7 @@ def test_a_damaged_header_is_refused(folder, entry):
     text = json.dumps({"a.weight": entry}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(100))
     with pytest.raises(PlanError, match="damaged safetensors header"):
-        plan.check_folder(folder)
+        check_folder(folder)
 
 
 @settings(max_examples=200, deadline=None)
@@ -436,7 +448,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, text, length):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(struct.pack("<Q", length) + text)
     with contextlib.suppress(PlanError):
-        plan._header(path)
+        _header(path)
 
 
 def test_a_missing_shard_a_missing_tensor_and_a_path_outside_are_refused(folder):
@@ -450,16 +462,16 @@ def test_a_missing_shard_a_missing_tensor_and_a_path_outside_are_refused(folder)
     ]:
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(PlanError, match=match):
-            plan.check_folder(folder)
+            check_folder(folder)
 
 
 def test_pickled_weights_alone_are_refused(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(PlanError, match=r"no model\.safetensors"):
-        plan.check_folder(folder)
+        check_folder(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(PlanError, match=r"pickled weights \(pytorch_model\.bin\)"):
-        plan.check_folder(folder)
+        check_folder(folder)
 
 
 # Properties.
@@ -529,7 +541,7 @@ def test_quantized_weights_are_never_larger_than_bf16(llama, weights, lm_head):
 @given(configurations, st.integers(2, 30))
 def test_the_largest_context_fits_and_one_token_more_does_not(llama, draft, configuration, gib):
     budget = Budget(gib * GIB, "cuda:0")
-    largest = plan.largest_context(llama, draft, configuration, 96, budget, DEFAULT["cuda"])
+    largest = largest_context(llama, draft, configuration, 96, budget, DEFAULT["cuda"])
     if largest:
         assert at(llama, configuration, largest, draft=draft).total <= budget.bytes
     if largest < 131072 - 96:
@@ -551,10 +563,10 @@ def test_a_quantized_cache_keeps_a_window_however_short_the_prompt_is(llama):
 
 
 def test_a_sliding_layer_holds_its_window(hybrid):
-    rows = plan.by_layer(hybrid, Configuration(cache="sliding"), 8192, 0)
+    rows = by_layer(hybrid, Configuration(cache="sliding"), 8192, 0)
     assert [row.kv_bytes // (2 * 8 * 256 * 2) for row in rows[:6]] == [512] * 5 + [8192]
     for cache, slots in (("static", 8193), ("dynamic", 8192)):
-        rows = plan.by_layer(hybrid, Configuration(cache=cache), 8192, 0)
+        rows = by_layer(hybrid, Configuration(cache=cache), 8192, 0)
         assert {row.kv_bytes // (2 * 8 * 256 * 2) for row in rows} == {slots}
 
 
@@ -576,14 +588,14 @@ def test_fp32_doubles_everything_that_bf16_stores(llama):
 
 
 def test_layers_sum_to_the_owners(llama):
-    rows, owners = plan.by_layer(llama, NF4, 1000, 24), at(llama, NF4, 1000, new_tokens=24).owners
+    rows, owners = by_layer(llama, NF4, 1000, 24), at(llama, NF4, 1000, new_tokens=24).owners
     assert sum(row.weights_bytes for row in rows) == owners["weights"] - 4096 * 2  # the final norm
     assert sum(row.kv_bytes for row in rows) == owners["kv_cache"]
 
 
 def test_the_cheapest_is_found_and_a_draft_model_needs_its_shape(llama, draft):
     choices = [Configuration(), NF4, NF4.replace(lm_head="nf4"), NF4.replace(draft="1b", depth=3)]
-    found = plan.cheapest(llama, {"1b": draft}, choices, [4096, 128], 96, "cuda:0", DEFAULT["cuda"])
+    found = cheapest(llama, {"1b": draft}, choices, [4096, 128], 96, "cuda:0", DEFAULT["cuda"])
     assert found[:2] == (choices[2], 128)
     with pytest.raises(PlanError, match="draft 1b"):
         at(llama, choices[3])
@@ -598,9 +610,9 @@ def record(configuration: Configuration, context: int, peak: float, **more: Any)
 
 
 def test_without_records_the_default_stands():
-    assert plan.calibrate([], "cuda:0") == DEFAULT["cuda"]
+    assert calibrate([], "cuda:0") == DEFAULT["cuda"]
     lost = record(NF4, 128, 1, outcome="out_of_memory")
-    assert plan.calibrate([(lost, Prediction({"base": 0}, 0, 0))], "cpu") == DEFAULT["cpu"]
+    assert calibrate([(lost, Prediction({"base": 0}, 0, 0))], "cpu") == DEFAULT["cpu"]
 
 
 @settings(max_examples=40, deadline=None)
@@ -622,7 +634,7 @@ def test_after_calibration_no_record_is_above_its_prediction(llama, seen):
         configuration = Configuration(weights=weights, cache=cache)
         said = at(llama, configuration, context)
         pairs.append((record(configuration, context, said.total * factor), said))
-    learned = plan.calibrate(pairs, "cuda:0")
+    learned = calibrate(pairs, "cuda:0")
     for measured, _ in pairs:
         said = at(llama, measured.configuration, measured.context_tokens, calibration=learned)
         assert said.total >= measured.peak_bytes
@@ -631,7 +643,7 @@ def test_after_calibration_no_record_is_above_its_prediction(llama, seen):
 def test_one_high_record_among_many_is_still_covered(llama):
     pairs = [(record(NF4, n, at(llama, NF4, n).total), at(llama, NF4, n)) for n in range(100, 10_100, 100)]
     high = record(NF4, 5000, at(llama, NF4, 5000).total * 1.2)
-    learned = plan.calibrate([*pairs, (high, at(llama, NF4, 5000))], "cuda:0")
+    learned = calibrate([*pairs, (high, at(llama, NF4, 5000))], "cuda:0")
     assert at(llama, NF4, 5000, calibration=learned).total >= high.peak_bytes
 
 
@@ -646,11 +658,11 @@ def test_a_steady_excess_is_learned_and_its_error_is_that_of_unseen_records(llam
     for context in (128, 512, 2048, 4096, 8192):
         said = at(llama, NF4, context)
         pairs.append((record(NF4, context, said.total + excess(said, 50, 0.1)), said))
-    learned = plan.calibrate(pairs, "cuda:0")
+    learned = calibrate(pairs, "cuda:0")
     offset, above = learned.corrections["bnb-nf4 eager"]
     assert learned.base_bytes == 500 * MIB
     assert (offset / MIB, learned.share) == pytest.approx((50, 0.1), rel=1e-3)
-    assert above == pytest.approx(plan.SPREAD["cuda"], rel=1e-3)  # nothing but the room for the next record
+    assert above == pytest.approx(SPREAD["cuda"], rel=1e-3)  # nothing but the room for the next record
     assert learned.error == pytest.approx(above, rel=1e-3)
     said = at(llama, NF4, 16_384)
     expected = (said.total + excess(said, 50, 0.1)) * (1 + above)
@@ -662,7 +674,7 @@ def test_a_record_above_the_others_of_its_kind_raises_the_whole_kind_and_no_othe
     contexts = (1024, 2048, 4096, 8192)
     even = [(record(c, n, at(llama, c, n).total - 110 * MIB), at(llama, c, n)) for c in (NF4, int8) for n in contexts]
     high = [(record(NF4, 2048, at(llama, NF4, 2048).total * 1.04 - 110 * MIB), at(llama, NF4, 2048))]
-    before, after = (plan.calibrate(pairs, "cuda:0") for pairs in (even, even + high))
+    before, after = (calibrate(pairs, "cuda:0") for pairs in (even, even + high))
     ratios = {
         c.weights: at(llama, c, 4096, calibration=after).total / at(llama, c, 4096, calibration=before).total
         for c in (NF4, int8)
@@ -680,10 +692,10 @@ def test_drafts_and_launches_are_corrected_apart(llama, draft, more):
         for configuration, offset in ((static, 0), (other, 300)):
             said = at(llama, configuration, context, draft=draft)
             pairs.append((record(configuration, context, said.total + excess(said, offset, 0.0)), said))
-    learned = plan.calibrate(pairs, "cuda:0")
+    learned = calibrate(pairs, "cuda:0")
     for measured, _ in pairs:
         said = at(llama, measured.configuration, measured.context_tokens, calibration=learned, draft=draft)
-        assert said.total == pytest.approx(measured.peak_bytes * (1 + plan.SPREAD["cuda"]), rel=1e-4)
+        assert said.total == pytest.approx(measured.peak_bytes * (1 + SPREAD["cuda"]), rel=1e-4)
 
 
 def test_kinds_share_a_slope_and_unseen_ones_take_what_is_known_of_their_weights(llama):
@@ -693,10 +705,10 @@ def test_kinds_share_a_slope_and_unseen_ones_take_what_is_known_of_their_weights
             configuration = Configuration(weights=weights)
             said = at(llama, configuration, context)
             pairs.append((record(configuration, context, said.total + excess(said, offset, 0.3)), said))
-    learned = plan.calibrate(pairs, "cuda:0")
+    learned = calibrate(pairs, "cuda:0")
     for configuration in (Configuration(), Configuration(cache="static", launch="graph")):
         said = at(llama, configuration, 16_384)
-        expected = (said.total + excess(said, 400, 0.3)) * (1 + plan.SPREAD["cuda"])
+        expected = (said.total + excess(said, 400, 0.3)) * (1 + SPREAD["cuda"])
         assert at(llama, configuration, 16_384, calibration=learned).total == pytest.approx(expected, rel=1e-4)
     unseen = Configuration(weights="quanto-int4")
     least = at(llama, unseen, 16_384).total + excess(at(llama, unseen, 16_384), 0, 0.3)
@@ -704,5 +716,5 @@ def test_kinds_share_a_slope_and_unseen_ones_take_what_is_known_of_their_weights
 
 
 def test_planning_imports_neither_torch_nor_transformers():
-    code = "import sys, autotune.plan; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, autotune.model.calibration; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

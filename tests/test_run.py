@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from autotune import run
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.demo import TARGET
-from autotune.model.footprint import read_shape
+from autotune.model.shape import read_shape
 from autotune.policy.policy import Policy, read_policy, schema
 from autotune.results import Run, frame, read_records, read_run
 from autotune.search.space import Space, read_space

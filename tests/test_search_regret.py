@@ -20,7 +20,7 @@ from conftest import synthetic_record
 from test_plan import LLAMA_1B, LLAMA_8B, shape_of
 
 from autotune.config import MIB, Configuration, Record, Workload
-from autotune.model import footprint as plan
+from autotune.model.calibration import DEFAULT, predict
 from autotune.search.space import Space
 from benchmarks import filled_sweep
 from benchmarks import search_regret as regret
@@ -58,14 +58,14 @@ def synthetic_sweep(folder: Path, share: int = 1) -> regret.Sweep:
     found = []
     for configuration in [*stock, *rest[::share]]:
         for context in CONTEXTS:
-            said = plan.predict(
+            said = predict(
                 shapes["model"],
                 shapes.get(configuration.draft),
                 configuration,
                 context,
                 16,
                 "cuda:0",
-                plan.DEFAULT["cuda"],
+                DEFAULT["cuda"],
             )
             middle = rate(configuration, context)
             record = synthetic_record(

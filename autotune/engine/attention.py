@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ..model.footprint import COPIED, COPIED_BY_QUERIES
+from ..model.activations import COPIED, COPIED_BY_QUERIES
 from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers
 from .load import Unsupported
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from ..model.footprint import UNPACKED
+from ..model.activations import UNPACKED
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 INT4_GROUP = 128  # weights along the input that share a scale, as quanto has it

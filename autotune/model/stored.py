@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 BITS = 4
 PER_WORD = 8  # codes in an int32
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+QUANTO_GROUP = 128  # weights along the input that share a scale, the most, in quanto's qint4 and in our own layer
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output feature, of eight, that each half byte of a word belongs to
 
 

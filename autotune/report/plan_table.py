@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Configuration, mib
-from ..model import footprint as plan
+from ..model.calibration import DEFAULT, largest_context, predict
+from ..model.footprint import Prediction, by_layer
+from ..model.shape import ModelShape
 from ..request import Request, check_inputs
 from .view import describe
 
@@ -22,19 +24,17 @@ def print_plan(request: Request, as_json: bool) -> None:
     """The distinct footprints of the space, smallest first at the longest context."""
     shapes = check_inputs(request)
     target = shapes[str(request.model)]
-    calibration = plan.DEFAULT["cpu" if request.budget.device == "cpu" else "cuda"]
+    calibration = DEFAULT["cpu" if request.budget.device == "cpu" else "cuda"]
     rows = []
     for configuration in _distinct(request, target):
         draft = shapes.get(configuration.draft)
         predictions = {
-            context: plan.predict(
+            context: predict(
                 target, draft, configuration, context, request.workload.new_tokens, request.budget.device, calibration
             )
             for context in request.workload.contexts
         }
-        fits = plan.largest_context(
-            target, draft, configuration, request.workload.new_tokens, request.budget, calibration
-        )
+        fits = largest_context(target, draft, configuration, request.workload.new_tokens, request.budget, calibration)
         rows.append((configuration, predictions, fits))
     rows.sort(key=lambda row: row[1][max(request.workload.contexts)].total)
     if as_json:
@@ -62,7 +62,7 @@ def print_layers(request: Request, as_json: bool) -> None:
     shapes = check_inputs(request)
     configuration = Configuration(weights=str(request.space.choices["weights"][0]))
     context = max(request.workload.contexts)
-    rows = plan.by_layer(shapes[str(request.model)], configuration, context, request.workload.new_tokens)
+    rows = by_layer(shapes[str(request.model)], configuration, context, request.workload.new_tokens)
     if as_json:
         click.echo(json.dumps([row._asdict() for row in rows], indent=2))
         return
@@ -74,7 +74,7 @@ def print_layers(request: Request, as_json: bool) -> None:
     Console().print(table)
 
 
-def _distinct(request: Request, target: plan.ModelShape) -> list[Configuration]:
+def _distinct(request: Request, target: ModelShape) -> list[Configuration]:
     """The space's configurations that differ in memory: one depth, no launch, the first attention."""
     choices = dict(request.space.choices)
     choices["depth"] = choices["depth"][-1:]
@@ -93,7 +93,7 @@ def _distinct(request: Request, target: plan.ModelShape) -> list[Configuration]:
     return list(space.configurations())
 
 
-def _row(configuration: Configuration, predictions: dict[int, plan.Prediction], fits: int) -> dict[str, object]:
+def _row(configuration: Configuration, predictions: dict[int, Prediction], fits: int) -> dict[str, object]:
     return {
         "configuration": dataclasses.asdict(configuration),
         "largest_context_tokens": fits,
