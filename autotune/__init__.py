@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Policy", "deploy", "read_policy"]
 
-_HOMES = {"deploy": ".deploy", "Policy": ".policy", "read_policy": ".policy"}
+_HOMES = {"deploy": ".serve.deploy", "Policy": ".policy.policy", "read_policy": ".policy.policy"}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,6 @@ import jsonschema
 import optuna
 import pandas as pd
 import pytest
-from conftest import Notes, synthetic_record
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +33,7 @@ from autotune.search.space import Space, read_space
 from autotune.search.study import Search, Studies
 from autotune.trial import trials as trial
 from autotune.trial.trials import Inputs, WorkerFailed
+from tests.conftest import Notes, synthetic_record
 
 SPACE = """
 [weights]
@@ -48,9 +48,10 @@ choices = ["dynamic", "static", "quantized-8"]
 # How steady this machine is now is not the question here; three rounds each, and finalists once again, will do.
 CLI = """
 import signal
-from autotune import finals, trial
+from autotune.search import finals
+from autotune.trial import trials
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-trial.STABLE, trial.BUSY, trial._LOOK, trial._CARE, finals.FINAL_ROUNDS = 100.0, 1.0, (1, 0.0), (2, 0.0), 1
+trials.STABLE, trials.BUSY, trials._LOOK, trials._CARE, finals.FINAL_ROUNDS = 100.0, 1.0, (1, 0.0), (2, 0.0), 1
 from autotune.cli import main
 main()
 """

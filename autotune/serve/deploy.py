@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -347,13 +345,3 @@ def _check_files(model: ModelInfo) -> None:
             raise PolicyError(f"{path} is missing, which the policy was measured with")
         if path.stat().st_size <= _SMALL and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise PolicyError(f"{path} has changed since the policy was measured: bring it back, or run autotune again")
-
-
-class _Callable(ModuleType):
-    """`from autotune import deploy` gives this module once it is imported: calling it is calling `deploy`."""
-
-    def __call__(self, policy: str | Path | Policy, device: str | None = None) -> LLM:
-        return deploy(policy, device)
-
-
-sys.modules[__name__].__class__ = _Callable

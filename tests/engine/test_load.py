@@ -1,0 +1,382 @@
+"""Loading: the same numbers as transformers' own loader, each weight stored as asked, and nothing held twice."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from autotune.engine import load
+from autotune.engine.load import Unsupported, load_model, quantize_linear
+from autotune.measure.memory import module_bytes
+from tests.tiny_models import FAMILIES, tiny, tokens
+
+# calm models: with larger weights two layers turn any rounding into another text
+CALM = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
+WORDS = ("bnb-nf4", "bnb-fp4", "bnb-int8", "quanto-int8")
+# relative errors of one layer's output, and of the logits after two layers
+LAYER_BOUND = {"bnb-nf4": 0.13, "bnb-fp4": 0.17, "bnb-int8": 0.02, "quanto-int8": 0.015}
+LOGITS_BOUND = {"bnb-nf4": 0.42, "bnb-fp4": 0.58, "bnb-int8": 0.05, "quanto-int8": 0.04}
+HEAD_BOUND = {"int8": 0.015, "nf4": 0.13}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantized weights compute in full precision here, whatever the processor has."""
+    monkeypatch.setattr(load, "full_precision", lambda device: "fp32")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        wide_heads = {"head_dim": 16} if family == "gemma3" else {}
+        tiny(family, **CALM, **wide_heads).save_pretrained(root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+def stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(torch.tensor([tokens(60)])).logits[0]
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def assert_same_tensors(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
+    left = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
+    right = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor, right[name]), name
+
+
+# ---- unquantized
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streaming_gives_the_bits_of_from_pretrained(saved, family, attention):
+    ours = load_model(saved[family], weights="fp32", lm_head="fp32", attention=attention)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        saved[family], dtype=torch.float32, attn_implementation=attention
+    ).eval()
+    assert_same_tensors(ours, theirs)
+    assert torch.equal(logits(ours), logits(theirs))
+    assert ours.config._attn_implementation == attention
+    assert not ours.training
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_keeps_in_float32_what_transformers_keeps_in_float32(saved, family):
+    assert_same_tensors(load_model(saved[family], weights="bf16"), stock(saved[family], torch.bfloat16))
+
+
+def test_a_bf16_checkpoint_is_widened_without_loss(tmp_path):
+    tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    assert_same_tensors(load_model(tmp_path, weights="fp32"), stock(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama", "tied-llama", "gpt-neox"])
+def test_a_sharded_checkpoint_gives_the_same_bits(tmp_path, family):
+    model = tiny(family, **CALM)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_tensors(load_model(tmp_path, weights="fp32"), stock(tmp_path))
+    assert torch.equal(logits(load_model(tmp_path, weights="fp32")), logits(model))
+
+
+def test_a_checkpoint_of_the_base_model_alone_is_found_under_its_own_names(tmp_path):
+    model = tiny("tied-llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    assert_same_tensors(load_model(tmp_path, weights="fp32"), model)
+
+
+def test_names_that_transformers_converts_are_converted(saved):
+    stored = load_file(saved["gpt-neox"] / "model.safetensors").keys()
+    ours = load_model(saved["gpt-neox"], weights="fp32")
+    assert "embed_out.weight" in stored
+    assert "embed_out.weight" not in dict(ours.named_parameters())
+    assert torch.equal(logits(ours), logits(stock(saved["gpt-neox"])))
+
+
+# ---- the embedding and the head
+
+
+@pytest.mark.parametrize("family", ["tied-llama", "gemma3"])
+def test_tied_embeddings_stay_one_tensor(saved, family):
+    model = load_model(saved[family], weights="bnb-nf4", lm_head="fp32")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_untied_embeddings_stay_two_tensors(saved):
+    model = load_model(saved["llama"], weights="fp32", lm_head="fp32")
+    assert not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("head", ["int8", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantized_head_leaves_the_embedding_as_it_was(saved, family, head):
+    model, reference = load_model(saved[family], weights="fp32", lm_head=head), stock(saved[family])
+    embedding = model.get_input_embeddings().weight
+    assert torch.equal(embedding, reference.get_input_embeddings().weight)
+    output = model.get_output_embeddings()
+    assert type(output) is not nn.Linear
+    assert module_bytes(output) < 0.4 * module_bytes(reference.get_output_embeddings())
+    assert 1e-4 < relative(logits(model), logits(reference)) < HEAD_BOUND[head]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_on_the_host_are_a_tensor_of_their_own(saved, family):
+    model = load_model(saved[family], weights="fp32", lm_head="fp32", embeddings="host")
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert embedding.device.type == "cpu"
+    assert embedding.data_ptr() != output.data_ptr()
+    assert torch.equal(logits(model), logits(stock(saved[family])))
+
+
+# ---- quantized
+
+
+def check_layers(model: PreTrainedModel, reference: PreTrainedModel, word: str) -> None:
+    """Every linear layer but the head is quantized, and its output is close to the original's."""
+    modules, count = dict(model.named_modules()), 0
+    for name, linear in reference.named_modules():
+        if type(linear) is not nn.Linear or linear is reference.get_output_embeddings():
+            continue
+        x = torch.randn(4, linear.in_features, generator=torch.Generator().manual_seed(count))
+        assert type(modules[name]) is not nn.Linear, name
+        if "4" in word and word.startswith("bnb"):
+            assert modules[name].weight.quant_state.quant_type == word.removeprefix("bnb-")
+        with torch.no_grad():  # quanto-int4 in float32 fails in inference mode
+            assert 1e-4 < relative(modules[name](x), linear(x)) < LAYER_BOUND[word], name
+        count += 1
+    assert count >= 8
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # it says that its inputs are cast
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_is_quantized_within_its_error(saved, family, word):
+    model, reference = load_model(saved[family], weights=word, lm_head="fp32"), stock(saved[family])
+    footprint = module_bytes(model)
+    check_layers(model, reference, word)
+    assert type(model.get_output_embeddings()) is nn.Linear
+    assert relative(logits(model), logits(reference)) < LOGITS_BOUND[word]
+    per_weight = 1.02 if "int8" in word else 0.58  # bytes, with the scales
+    linear = sum(
+        m.weight.numel()
+        for m in reference.modules()
+        if type(m) is nn.Linear and m is not reference.get_output_embeddings()
+    )
+    assert footprint < module_bytes(reference) - (4 - per_weight) * linear * 0.95
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize(("rows", "columns"), [(89, 64), (33, 128), (96, 192), (5, 320)])
+def test_layers_of_any_height_and_their_biases_survive(word, rows, columns):
+    linear = nn.Linear(columns, rows).requires_grad_(False)
+    linear.weight.normal_(generator=torch.Generator().manual_seed(1))
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
+    expected, bias = linear(x), linear.bias.clone()
+    layer = quantize_linear(linear, word, "cpu").eval()
+    assert torch.equal(layer.bias, bias)
+    with torch.inference_mode():
+        assert 1e-4 < relative(layer(x) - bias, expected - bias) < LAYER_BOUND[word]
+
+
+@pytest.mark.parametrize("word", ["bnb-nf4", "bnb-fp4"])
+@pytest.mark.parametrize("columns", [32, 96])
+def test_widths_that_bitsandbytes_gets_wrong_on_a_cpu_are_unsupported(word, columns):
+    with pytest.raises(
+        Unsupported, match=f"{word} on a CPU needs layers whose input is a multiple of 64, not {columns}"
+    ):
+        quantize_linear(nn.Linear(columns, 64), word, "cpu")
+
+
+@pytest.mark.parametrize(("weights", "source"), [("quanto-int4", "cpu"), ("quanto-int8", "meta")])
+def test_what_is_quantized_by_rows_is_never_whole_on_the_device(saved, monkeypatch, weights, source):
+    sources = []
+
+    def quantize(linear, word, device):
+        sources.append(str(linear.weight.device))
+        return linear
+
+    monkeypatch.setattr(load, "quantize_linear", quantize)
+    with pytest.raises(Unsupported, match="no tensor"):  # since what is on this device is not there
+        load_model(saved["llama"], weights=weights, lm_head="int8", device="meta")
+    assert sources[0] == "meta"  # the lm_head
+    assert set(sources[1:]) == {source}
+
+
+@pytest.mark.skipif(
+    "AUTOTUNE_SLOW_TESTS" not in os.environ,
+    reason="quanto-int4 compiles an extension for about a minute: set AUTOTUNE_SLOW_TESTS to run it",
+)
+def test_quanto_int4_is_quantized_within_its_error(saved, monkeypatch):
+    monkeypatch.setitem(LAYER_BOUND, "quanto-int4", 0.2)
+    model, reference = load_model(saved["llama"], weights="quanto-int4", lm_head="fp32"), stock(saved["llama"])
+    check_layers(model, reference, "quanto-int4")
+    model = load_model(saved["llama"], weights="fp32", lm_head="int4")
+    with torch.no_grad():
+        assert 1e-4 < relative(logits(model), logits(reference)) < 0.2
+
+
+# ---- what cannot be loaded says so
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    file = folder / "model.safetensors"
+    tensors = {**load_file(file), **{name.replace("__", "."): tensor for name, tensor in changes.items()}}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file, {"format": "pt"})
+
+
+def test_a_wrong_shape_is_unsupported_by_name(folder):
+    rewrite(folder, model__layers__1__mlp__up_proj__weight=torch.zeros(47, 32))
+    with pytest.raises(Unsupported, match=r"model\.layers\.1\.mlp\.up_proj\.weight has shape \(47, 32\), .*\(48, 32\)"):
+        load_model(folder, weights="fp32")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_a_missing_tensor_is_unsupported_by_name(folder, name):
+    rewrite(folder, **{name: None})
+    with pytest.raises(Unsupported, match=f"the checkpoint has no tensor for {name}"):
+        load_model(folder, weights="fp32")
+
+
+def test_a_missing_embedding_of_a_tied_model_is_unsupported_by_name(tmp_path):
+    tiny("tied-llama").save_pretrained(tmp_path)
+    rewrite(tmp_path, **{"model.embed_tokens.weight": None})
+    with pytest.raises(Unsupported, match=r"the checkpoint has no tensor for (model\.embed_tokens|lm_head)\.weight"):
+        load_model(tmp_path, weights="fp32")
+
+
+def test_a_wrong_shape_under_a_converted_name_is_unsupported_by_name(tmp_path):
+    tiny("gpt-neox").save_pretrained(tmp_path)
+    rewrite(tmp_path, embed_out__weight=torch.zeros(7, 32))
+    with pytest.raises(Unsupported, match=r"lm_head\.weight has shape \(7, 32\), the config says \(89, 32\)"):
+        load_model(tmp_path, weights="fp32")
+
+
+def test_a_folder_without_safetensors_is_unsupported(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(Unsupported, match=r"no model\.safetensors: only safetensors checkpoints are read"):
+        load_model(folder, weights="fp32")
+
+
+def test_a_checkpoint_that_is_already_quantized_is_unsupported_but_as_it_stands(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Unsupported, match="already quantized: only weights = checkpoint can load it"):
+        load_model(folder, weights="bnb-nf4")
+    with pytest.raises(Unsupported, match="keeps its own lm_head and embeddings"):
+        load_model(folder, weights="checkpoint", lm_head="nf4")
+    with pytest.raises(Unsupported, match="keeps its own lm_head and embeddings"):
+        load_model(folder, weights="checkpoint", embeddings="host")
+
+
+def test_a_plain_checkpoint_is_not_loaded_as_a_quantized_one(folder):
+    with pytest.raises(Unsupported, match="this one is not"):
+        load_model(folder, weights="checkpoint")
+
+
+def test_an_attention_that_is_not_installed_is_unsupported(folder):
+    with pytest.raises(Unsupported, match=r"(?i)flash.?attention"):
+        load_model(folder, weights="fp32", attention="flash_attention_2")
+
+
+# ---- the peak while loading
+
+PEAK = """
+import ctypes, gc, json, sys
+from pathlib import Path
+
+libc = ctypes.CDLL("libc.so.6")
+libc.mallopt(-3, 4 * 2**20)  # as measure/memory.py does
+libc.mallopt(-1, 16 * 2**20)
+
+import torch
+from autotune.engine import load
+from autotune.measure.memory import Meter, _status, module_bytes
+
+torch.set_num_threads(1)
+load.full_precision = lambda device: "fp32"
+small, *loads = sys.argv[1:]
+meter = Meter("cpu", None)
+for item in loads:
+    weights, _, folder = item.partition("=")
+    load.load_model(small, weights=weights, lm_head="fp32")  # its library and code are in memory from here on
+    meter.begin()
+    before = _status("VmRSS")
+    model = load.load_model(folder, weights=weights, lm_head="fp32")
+    grown = _status("VmHWM") - before
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    print(json.dumps({"grown": grown, "footprint": module_bytes(model), "largest": largest}))
+    del model
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM from /proc")
+def test_loading_never_holds_more_than_the_result_and_one_tensor(tmp_path, saved):
+    size = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "initializer_range": 0.02}
+    tiny("llama", num_hidden_layers=4, **size).save_pretrained(tmp_path / "one")
+    tiny("tied-llama", num_hidden_layers=4, **size).save_pretrained(tmp_path / "sharded", max_shard_size="20MB")
+    assert (tmp_path / "one" / "model.safetensors").stat().st_size > 60e6
+    loads = [f"fp32={tmp_path / 'one'}", f"fp32={tmp_path / 'sharded'}"]
+    loads += [f"{word}={tmp_path / 'one'}" for word in ("bnb-nf4", "quanto-int8")]
+    answer = subprocess.run(
+        [sys.executable, "-c", PEAK, str(saved["llama"]), *loads],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
+    )
+    lines = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == len(loads)
+    for seen, what in zip(lines, loads, strict=True):
+        assert seen["largest"] == 4096 * 512 * 4
+        slack = 4e6  # the allocator's
+        if not what.startswith("fp32"):  # the quantizers' temporaries: some four copies of a layer beside the layer
+            slack = max(slack, 5 * 1408 * 512 * 4 + 4e6 - seen["largest"])
+        assert seen["footprint"] * 0.9 < seen["grown"] < seen["footprint"] + seen["largest"] + slack, (what, seen)
+
+
+def test_weights_that_are_in_no_linear_layer_are_named(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=89, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Unsupported, match=r"quanto-int8 stores linear layers; .* in others, such as transformer\."):
+        load_model(tmp_path, weights="quanto-int8", lm_head="fp32")
+    assert load_model(tmp_path, weights="fp32", lm_head="fp32").config.n_embd == 32
