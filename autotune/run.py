@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config import HEAD_WEIGHTS, Configuration, Record, Workload, mib
-from .model.calibration import DEFAULT, Calibration, calibrate, cheapest, predict
-from .model.footprint import Prediction
+from .config import HEAD_WEIGHTS, Configuration, Record, mib
+from .model.calibration import DEFAULT, cheapest
+from .model.fingerprint import fingerprint
 from .model.shape import ModelShape, read_shape
 from .policy.choice import best_group, choose, contender, settle, unfinished
 from .policy.policy import Policy, make_policy, write_policy
@@ -24,22 +20,20 @@ from .report.view import RunData
 from .request import Request, Watch, check_inputs
 from .results import Run, RunError, frame, has_ended, read_info, read_records, read_run, storage_url
 from .search.earlier import Earlier, earlier_runs, learnt_from
-from .search.finals import FINAL_SHARE, bisect, changes, lengths_between, measure_finals, reserve, seconds_for
+from .search.finals import FINAL_SHARE, bisect, changes, measure_finals, reserve, seconds_for
+from .search.foresight import Foresight
 from .search.space import Space
 from .search.study import COMPARABLE, Search, Studies, also, complete, importances, joined
-from .trial import references
-from .trial.trials import Inputs, Trials, WorkerFailed, WorkerProcess
+from .trial.inputs import Inputs, input_files, prepare_inputs, reference_facts, score_reference, text_file
+from .trial.process import WorkerFailed
+from .trial.trials import Trials
 
 COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
 COMPLETING_SHARE = 0.1  # of --timeout, the most that completing it takes
 _TRIAL_S = 600.0  # the longest that one measurement may take
 _FEW = 2000  # pairs that are looked through one by one
-_LEARNT = 4  # measured peaks from which the plan is calibrated
-_GROWN = 1.1  # as often as there are so many times more, as the time that it takes grows with their square
 _SURE = 0.8  # probability of fitting below which a baseline waits until more is known
 _UNSURE = 0.3  # and then is not measured
-_UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
-_WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
 
 
 class NothingFits(Exception):
@@ -164,47 +158,6 @@ def _url(request: Request) -> str:
     return request.storage or f"sqlite:///{(request.out / 'study.db').resolve()}"
 
 
-def fingerprint(folder: Path, phase: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """A model folder as policy.ModelInfo has it: sha256 of every file that decides what is computed.
-
-    Whole files are read, shards in parallel, once per run: about a second a GB, less than one load from the disk, and
-    the file cache then holds them for the loads that follow. Blocks sampled from them would miss a changed byte.
-    """
-    weights = [*sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json", folder / "config.json"]
-    tokenizer = [folder / name for name in _TOKENIZER_FILES]
-    paths = [path for path in weights + tokenizer if path.exists()]
-    phase(f"hashing {folder.name}, {mib(sum(path.stat().st_size for path in paths))}")
-    with ThreadPoolExecutor() as pool:
-        files = {path.name: digest for path, digest in zip(paths, pool.map(_sha256, paths), strict=True)}
-    both = [
-        hashlib.sha256("".join(f"{files[p.name]}  {p.name}\n" for p in group if p.name in files).encode()).hexdigest()
-        for group in (weights, tokenizer)
-    ]
-    return {
-        "path": str(folder),
-        "revision": _revision(folder),
-        "weights_sha256": both[0],
-        "tokenizer_sha256": both[1],
-        "files": files,
-    }
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _revision(folder: Path) -> str | None:
-    """org/name@commit where the folder is a snapshot in a Hugging Face cache: models--org--name/snapshots/commit."""
-    folder = folder.absolute()
-    if folder.parent.name != "snapshots" or not (repository := folder.parents[1].name).startswith("models--"):
-        return None
-    return f"{repository.removeprefix('models--').replace('--', '/')}@{folder.name}"
-
-
 def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watch) -> tuple[dict[str, Any], Space]:
     """Look at the machine, cut the text, score the reference; done once per run folder."""
     inputs = input_files(request.out, request.workload)
@@ -240,117 +193,6 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
     return info, space
 
 
-def _score_reference(
-    worker: WorkerProcess,
-    model: Path,
-    weights: str,
-    inputs: Inputs,
-    facts: dict[str, Any] | None = None,
-    noise_at: int | None = None,
-) -> dict[str, Any]:
-    """Keep the unquantized model's logits where `inputs` has them; returns how it was loaded and what it took.
-
-    With the `facts` that decide them, logits that an earlier run scored are taken from the cache. At the context
-    `noise_at` the noise floor is measured as well, by context: it is taken for that of the others too.
-    """
-    began = time.monotonic()
-    told: dict[int, dict[str, Any]] = {}
-    names: dict[int, str] = {}
-    if facts is not None:
-        names = {at: references.name({**facts, "weights": weights, "context": at}) for at in inputs.references}
-    for length, name in names.items():
-        found = references.fetch(name, Path(inputs.references[length]))
-        if found is not None and (length != noise_at or "noise" in found):
-            worker.phase(f"the reference at {length} tokens was scored before")
-            told[length] = found
-    missing = [length for length in inputs.references if length not in told]
-    if missing or inputs.task:
-        how = worker.request("load_reference", 1800, model=str(model), weights=weights)["how"]
-    for length in missing:
-        where = {"inputs": inputs.tokens, "context": length}
-        path = inputs.references[length]
-        worker.request("reference", 1800, **where, path=path)
-        told[length] = {"how": how, "took_s": round(time.monotonic() - began, 3)}
-        if length == noise_at:
-            told[length]["noise"] = worker.request("noise", 1800, **where, reference=path)
-        if names:
-            references.keep(names[length], Path(path), told[length])
-    if inputs.task:
-        worker.request("reference_task", 1800, path=inputs.task)
-    longest = max(told.values(), key=lambda entry: float(entry["took_s"]))
-    floor = {str(length): entry["noise"] for length, entry in told.items() if length == noise_at and entry["noise"]}
-    took_s = max(longest["took_s"], round(time.monotonic() - began, 3))
-    return {"how": longest["how"], "took_s": took_s, **({} if noise_at is None else {"noise_floor": floor})}
-
-
-def _facts(identity: dict[str, Any], text: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
-    """What decides the reference's logits, beside its weights and the context: the rest rounds otherwise elsewhere."""
-    return {
-        "model": identity["model"]["weights_sha256"],
-        "text": [text["tokens_sha256"], text.get("windows")],
-        "machine": [environment["device"], environment["versions"]],
-    }
-
-
-def _lengths(contexts: Iterable[int]) -> list[int]:
-    """The contexts and every length between them at which a boundary may be looked for."""
-    return sorted({*contexts, *(length for pair in pairwise(sorted(contexts)) for length in lengths_between(*pair))})
-
-
-def input_files(folder: Path, workload: Workload) -> Inputs:
-    """Where `prepare_inputs` writes."""
-    references = {context: str(folder / f"reference-{context}.npy") for context in workload.contexts}
-    return Inputs(str(folder / "inputs.npz"), references, str(folder / "task.json") if workload.task else None)
-
-
-def prepare_inputs(
-    worker: WorkerProcess,
-    model: Path,
-    workload: Workload,
-    text: Path,
-    folder: Path,
-    environment: dict[str, Any],
-    identity: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Cut the text and score it with the unquantized model, into files in `folder`: what every measurement rests on.
-
-    With a run's `identity`, scores of earlier runs are used again and the noise floor is measured. Returns what was cut
-    (`text`) and how it was scored (`reference`). Raises WorkerFailed.
-    """
-    shape, inputs = read_shape(model), input_files(folder, workload)
-    cut = worker.request(
-        "inputs",
-        300,
-        model=str(model),
-        text=str(text),
-        prompts=workload.prompts,
-        contexts=_lengths(workload.contexts),
-        windows=_WINDOWS[shape.vocab_size > 32768],
-        path=inputs.tokens,
-    )
-    if inputs.task:
-        room = min(workload.contexts) + workload.new_tokens
-        cut |= worker.request("task", 300, model=str(model), task=workload.task, room=room, path=inputs.task)
-    weights = "checkpoint" if shape.prequantized else environment["full_precision"]
-    if identity is None:
-        scored = _score_reference(worker, model, weights, inputs)
-    else:
-        facts = _facts(identity, cut, environment)
-        scored = _score_reference(worker, model, weights, inputs, facts, noise_at=min(workload.contexts))
-    return {"text": cut, "reference": {"weights": weights, **scored}}
-
-
-def text_file(workload: Workload, folder: Path) -> Path:
-    """The text that is measured on; the bundled one is written into `folder`."""
-    if workload.text is not None:
-        return Path(workload.text)
-    from .demo import held_out_text
-
-    path = folder / "text.txt"
-    path.write_text(held_out_text(), encoding="utf-8")
-    return path
-
-
 def _search(
     request: Request,
     space: Space,
@@ -372,7 +214,9 @@ def _search(
         bar = max(best, default=None) if stage == "search" and request.workload.objective == "end-to-end" else None
         return trials.measure(configuration, context, timeout_s=min(_TRIAL_S, left), stage=stage, bar=bar)
 
-    foresight = Foresight(request, shapes, info["environment"]["base_bytes"])
+    foresight = Foresight(
+        str(request.model), shapes, request.budget, request.workload.new_tokens, info["environment"]["base_bytes"]
+    )
     earlier: tuple[Earlier, ...] = ()
     if request.warm_start:
         earlier, left_out = earlier_runs(request.out, info, space, foresight.predicted)
@@ -410,69 +254,6 @@ def _search(
             search.learn(record)
             watch.record(record)
     return search
-
-
-class Foresight:
-    """What the plan says of a configuration, calibrated by what was measured so far."""
-
-    def __init__(self, request: Request, shapes: dict[str, ModelShape], base_bytes: int):
-        self.request, self.shapes = request, shapes
-        self.default = DEFAULT[request.budget.device.partition(":")[0]]
-        self.untaught = self.calibration = dataclasses.replace(self.default, base_bytes=base_bytes)
-        self.pairs: list[tuple[Record, Prediction]] = []
-        self.fitted = 0  # of the pairs, so many are in the calibration
-        self.formulas: dict[tuple[Configuration, int], Prediction] = {}
-
-    def learn(self, record: Record, new_tokens: int | None = None) -> None:
-        """A measured peak corrects the predictions that follow."""
-        if record.peak_bytes is None:
-            return
-        prediction = self._predict(record.configuration, record.context_tokens, self.default, new_tokens)
-        self.pairs.append((record, prediction))
-        if len(self.pairs) >= max(_LEARNT, _GROWN * self.fitted):
-            self.fitted = len(self.pairs)
-            self.calibration = calibrate(self.pairs, self.request.budget.device)
-
-    def predicted(self, configuration: Configuration, context: int) -> int:
-        """The footprint in bytes as the formulas have it, before anything is learnt."""
-        return self._formula(configuration, context).total
-
-    def step_bytes(self, configuration: Configuration, context: int) -> float:
-        """What a decode step reads, in bytes."""
-        return self._formula(configuration, context).decode_floor_s or 0.0
-
-    def _formula(self, configuration: Configuration, context: int) -> Prediction:
-        pair = configuration, context
-        if pair not in self.formulas:
-            self.formulas[pair] = self._predict(configuration, context, self.untaught, bandwidth=1.0)
-        return self.formulas[pair]
-
-    def fits(self, configuration: Configuration, context: int) -> str:
-        """Why it cannot fit, or nothing where it may: the prediction's own error is given away."""
-        predicted = self._predict(configuration, context, self.calibration).total
-        error = _UNTRIED if self.calibration.error is None else min(_UNTRIED, max(0.01, self.calibration.error))
-        if predicted * (1 - error) <= self.request.budget.bytes:
-            return ""
-        return f"predicted {mib(predicted)}, over the budget of {mib(self.request.budget.bytes)}"
-
-    def _predict(
-        self,
-        configuration: Configuration,
-        context: int,
-        calibration: Calibration,
-        new_tokens: int | None = None,
-        bandwidth: float | None = None,
-    ) -> Prediction:
-        return predict(
-            self.shapes[str(self.request.model)],
-            self.shapes.get(configuration.draft),
-            configuration,
-            context,
-            new_tokens or self.request.workload.new_tokens,
-            self.request.budget.device,
-            calibration,
-            bandwidth,
-        )
 
 
 def _stock(full_precision: str, space: Space) -> list[Configuration]:
@@ -576,8 +357,8 @@ def _boundaries(
         trials.close()
         worker = trials.uncapped()
         try:
-            facts = _facts(info["identity"], info["text"], info["environment"])
-            _score_reference(worker, request.model, info["reference"]["weights"], between, facts)
+            facts = reference_facts(info["identity"], info["text"], info["environment"])
+            score_reference(worker, request.model, info["reference"]["weights"], between, facts)
         except WorkerFailed as failure:
             watch.note(f"no boundary between contexts: the reference could not be scored there ({failure.reason})")
             return {}

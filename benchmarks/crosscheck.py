@@ -43,7 +43,9 @@ from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.engine.decode import Engine
 from autotune.engine.load import full_precision
 from autotune.measure.quality import STEP
-from autotune.trial.trials import Inputs, Trials, Witness
+from autotune.trial.inputs import Inputs
+from autotune.trial.trials import Trials
+from autotune.trial.witness import Witness
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "autotune" / "peers"

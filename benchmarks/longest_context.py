@@ -18,7 +18,8 @@ from autotune.config import Budget, Configuration, Record, Workload, mib, parse_
 from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.model.calibration import DEFAULT, largest_context
 from autotune.model.shape import read_shape
-from autotune.trial.trials import Inputs, Trials
+from autotune.trial.inputs import Inputs
+from autotune.trial.trials import Trials
 
 NEW_TOKENS = 32
 HOPELESS = 1e12  # tokens/s that nothing reaches: one round is enough

@@ -29,7 +29,9 @@ from autotune.model import calibration
 from autotune.model.calibration import DEFAULT, Calibration, calibrate
 from autotune.model.footprint import Prediction
 from autotune.model.shape import ModelShape, read_shape
-from autotune.trial.trials import Inputs, Trials, WorkerFailed
+from autotune.trial.inputs import Inputs
+from autotune.trial.process import WorkerFailed
+from autotune.trial.trials import Trials
 
 NEW_TOKENS = 8
 DEPTH = 4

@@ -22,8 +22,10 @@ import click
 
 from autotune.config import MIB, Budget, Configuration, Record, Workload
 from autotune.demo import DRAFT, TARGET, held_out_text
-from autotune.trial import trials as trial
-from autotune.trial.trials import Inputs, Trials, WorkerFailed, WorkerProcess
+from autotune.trial import process
+from autotune.trial.inputs import Inputs
+from autotune.trial.process import WorkerFailed, WorkerProcess
+from autotune.trial.trials import Trials
 
 FAULTY = Path(__file__).parents[1] / "tests" / "faulty_worker.py"
 ROOM = 100 * MIB  # what the budget leaves beside a measurement that went well
@@ -167,7 +169,7 @@ def main(device: str) -> None:
         inherited = os.environ.get("PYTHONPATH")
         path = os.pathsep.join([str(FAULTY.parents[1]), *([inherited] if inherited else [])])
         os.environ |= {"FAULT": str(folder / "fault.json"), "PYTHONPATH": path}
-        trial.WORKER = (sys.executable, str(FAULTY))
+        process.WORKER = (sys.executable, str(FAULTY))
         bench = Bench(folder, device)
         click.echo(f"{'planted':<48}{'outcome':<14}reason")
         for fault in FAULTS:

@@ -54,11 +54,12 @@ import optuna
 
 from autotune import run
 from autotune.config import Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib, parse_bytes, per_round
-from autotune.measure.throughput import hopeless, summarize
+from autotune.measure.throughput import hopeless
 from autotune.model.shape import LayerShape, Linear, ModelShape
 from autotune.policy.choice import best_group, choose
 from autotune.request import Watch
 from autotune.results import frame
+from autotune.samples import summarize
 from autotune.search.space import Space, Suggests
 from autotune.search.study import Studies
 

@@ -28,7 +28,7 @@ import click
 from autotune.config import mib
 from autotune.policy.policy import read_policy
 from autotune.serve.deploy import LLM, deploy
-from autotune.trial.trials import Witness
+from autotune.trial.witness import Witness
 
 ALIKE = 16  # tokens in which the beginnings of two answers have to agree to be taken for the same answer
 PATIENCE_S = 600  # a request still running this long after the end is lost

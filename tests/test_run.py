@@ -32,7 +32,8 @@ from autotune.results import Run, frame, read_records, read_run
 from autotune.search.space import Space, read_space
 from autotune.search.study import Search, Studies
 from autotune.trial import trials as trial
-from autotune.trial.trials import Inputs, WorkerFailed
+from autotune.trial.inputs import Inputs
+from autotune.trial.process import WorkerFailed
 from tests.conftest import Notes, synthetic_record
 
 SPACE = """
@@ -619,7 +620,7 @@ def test_an_earlier_run_calibrates_the_plan_unless_it_shall_not(tmp_path: Path, 
     (earlier / "run.json").write_text(json.dumps(info | asked))
     shapes, notes = {str(TARGET): read_shape(TARGET)}, Mock()
     studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
-    prepared = run.Foresight(request, shapes, 10**8)
+    prepared = run.Foresight(str(request.model), shapes, request.budget, request.workload.new_tokens, 10**8)
     sizes = [
         synthetic_record(c, 64, peak=round(1.2 * prepared.predicted(c, 64)), base_bytes=10**8)
         for c in list(request.space.configurations())[:4]

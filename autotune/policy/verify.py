@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Budget, Record, Workload, mib
-from ..run import fingerprint, input_files, prepare_inputs, text_file
-from ..trial.trials import Trials, WorkerFailed, lost_answers
+from ..model.fingerprint import fingerprint
+from ..trial.inputs import input_files, prepare_inputs, text_file
+from ..trial.process import WorkerFailed
+from ..trial.trials import Trials, lost_answers
 from .policy import Policy, PolicyError, Rule, read_policy
 
 SLACK = 0.15  # how far below its interval a rate may fall on the machine that measured it: other load, other clocks

@@ -13,6 +13,7 @@ from itertools import pairwise, zip_longest
 from ..config import Configuration, Record, Workload
 from ..policy.choice import choose, contender, keeps_up, near, rivals, speedup, tied
 from ..request import Request, Watch
+from ..trial.inputs import lengths_between
 from ..trial.trials import Trials
 from .study import Search
 
@@ -20,7 +21,6 @@ FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, e
 FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with contender and rivals takes no more
 RIVALS = 3  # per context, the most that are measured again beside the chosen
 _CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
-_PARTS = 8  # into which what lies between two contexts is cut: three halvings find the part where a choice changes
 
 
 def measure_finals(
@@ -264,8 +264,3 @@ def seconds_for(search: Search, pairs: list[tuple[Configuration, int]], load: bo
     longest = max((r.measure_s or 0 for r in search.known.values()), default=0.0)
     seconds = sum((r.measure_s or 0) if r is not None else longest for r in known)
     return _CARE_OVER_LOOK * seconds + (max((r.load_s or 0 for r in known if r is not None), default=0.0) + 6) * load
-
-
-def lengths_between(low: int, high: int) -> list[int]:
-    """The lengths that cut what lies between two contexts into equal parts; none where there is too little to cut."""
-    return [low + (high - low) * part // _PARTS for part in range(1, _PARTS)] if high - low >= _PARTS else []

@@ -20,8 +20,8 @@ import optuna
 from optuna.trial import TrialState
 
 from ..config import Budget, Configuration, LoadGroup, Record, Workload
-from ..measure.throughput import pooled
 from ..results import RECORD, RunError, open_storage
+from ..samples import pooled
 from .earlier import Earlier
 from .outlook import TOO_LARGE, Outlook, did_not_load
 from .space import Space

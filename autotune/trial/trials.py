@@ -1,227 +1,31 @@
-"""The parent's side of a measurement: start the worker, cap, watch, time out, kill; what comes back is a Record.
+"""The trials of a run: a load group handed to a worker under the cap, what came back judged; the answer is a Record.
 
-The worker is a process of its own in a session of its own, so that killing its group leaves nothing behind. It is kept
-while the load group stays the same, and replaced after any failure that may have poisoned it. All along, a witness in
-this process samples what the operating system (or, on a GPU, the driver) says that the worker holds.
+A worker is kept while the load group stays the same, and replaced after any failure that may have poisoned it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import ALLOCATOR, MIB, Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib
+from ..config import MIB, Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib
+from .inputs import Inputs
+from .process import Phase, WorkerFailed, WorkerProcess
 
-STARTUP_S = 300.0
 LOAD_S = 900.0
 STABLE = 0.5  # standard deviation of the rounds' rates, relative to their median, above which a figure is no figure
 BUSY = 0.25  # share of the time in which others kept the processors, or the GPU, from a measurement that counts
 _LOOK, _CARE = (2, 6.0), (3, 10.0)  # least rounds and seconds of them: while searching, and for finalists
 SPILL = 256 * MIB  # a CUDA context's size is known only so well where NVML does not tell it
-SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
-WORKER = (sys.executable, "-m", "autotune.trial.worker")
 
-Phase = Callable[[str], None]
 _QUALITY = tuple(
     field.name
     for field in dataclasses.fields(Record)
     if field.name.startswith(("perplexity", "kl_", "top1_")) or field.name == "quality"
 )
 _TASK = tuple(field.name for field in dataclasses.fields(Record) if field.name.startswith("task_"))
-
-
-class OurBug(Exception):
-    """An exception that our own code did not mean to raise, with the worker's traceback."""
-
-
-class WorkerFailed(Exception):
-    """The worker answered with a failure, died or took too long."""
-
-    def __init__(self, outcome: Outcome, reason: str, poisoned: bool = True):
-        super().__init__(reason)
-        self.outcome, self.reason, self.poisoned = outcome, reason, poisoned
-
-
-class Witness(threading.Thread):
-    """Samples a process's footprint from outside; `peak` is the most it saw since `begin`, in bytes."""
-
-    def __init__(self, pid: int, gpu: str | None):
-        super().__init__(daemon=True)
-        self.pid, self.peak, self.samples, self.instrument = pid, 0, 0, "none"
-        self._read = self._nvml_reader(gpu) if gpu else self._resident_reader()
-        self._done = threading.Event()
-
-    def _resident_reader(self) -> Callable[[], int]:
-        page = os.sysconf("SC_PAGE_SIZE")
-        path = Path(f"/proc/{self.pid}/statm")
-        self.instrument = "resident set"
-        return lambda: int(path.read_text().split()[1]) * page
-
-    def _nvml_reader(self, gpu: str) -> Callable[[], int]:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu)
-        listed = [process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
-        if self.pid in listed:
-            self.instrument = "NVML, per process"
-
-            def of_process() -> int:
-                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                    if process.pid == self.pid:
-                        return int(process.usedGpuMemory or 0)
-                return 0
-
-            return of_process
-        # Containers and WSL hide process numbers: what the whole device holds beyond what it held before.
-        self.instrument = "NVML, whole device minus what it held before"
-        before = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-        return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) - before
-
-    def run(self) -> None:
-        while not self._done.wait(SAMPLE_S):
-            try:
-                seen = self._read()  # first: `begin` may come meanwhile, and what it forgets must not come back
-                self.peak = max(self.peak, seen)
-            except (FileNotFoundError, ProcessLookupError):
-                return
-            self.samples += 1
-
-    def begin(self) -> None:
-        self.peak = self.samples = 0
-
-    def stop(self) -> None:
-        self._done.set()
-
-
-class WorkerProcess:
-    """A running worker: one request at a time, events read as they come."""
-
-    def __init__(self, log: Path, phase: Phase):
-        self.phase, self.log = phase, log
-        to_child, ours_out = os.pipe()
-        ours_in, from_child = os.pipe()
-        environment = {
-            **os.environ,
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR),
-            "BITSANDBYTES_NOWELCOME": "1",
-        }
-        with log.open("ab") as sink:
-            self.process = subprocess.Popen(
-                [*WORKER, str(to_child), str(from_child)],
-                pass_fds=(to_child, from_child),
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                start_new_session=True,
-                env=environment,
-            )
-        os.close(to_child)
-        os.close(from_child)
-        self._out, self._in, self._buffer = ours_out, ours_in, b""
-        self.witness: Witness | None = None
-        self._send("preload", {})  # imports while the parent does something else; `start` waits for it
-
-    def start(self, device: str, budget_bytes: int | None) -> WorkerProcess:
-        """Cap the process on its device and begin to watch it."""
-        try:
-            self._answer("preload", STARTUP_S)
-            self.hello = self.request("start", STARTUP_S, device=device, budget_bytes=budget_bytes)
-        except BaseException:
-            self.kill()
-            raise
-        self.witness = Witness(self.process.pid, self.hello.get("gpu_uuid"))
-        self.witness.start()
-        return self
-
-    def request(self, op: str, timeout_s: float, **data: Any) -> dict[str, Any]:
-        """The worker's answer. Raises WorkerFailed, or OurBug with the worker's traceback."""
-        self._send(op, data)
-        return self._answer(op, timeout_s)
-
-    def _send(self, op: str, data: dict[str, Any]) -> None:
-        try:
-            os.write(self._out, (json.dumps({"op": op, **data}) + "\n").encode())
-        except BrokenPipeError:
-            raise WorkerFailed("crashed", self._epitaph()) from None
-
-    def _answer(self, op: str, timeout_s: float) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            event = self._next(deadline, timeout_s, op)
-            match event.pop("event"):
-                case "phase":
-                    self.phase(event["text"])
-                case "done":
-                    return event
-                case "failed":
-                    if event["outcome"] == "bug":
-                        raise OurBug(event["trace"])
-                    raise WorkerFailed(event["outcome"], event["reason"], event["poisoned"])
-
-    def _next(self, deadline: float, timeout_s: float, op: str) -> dict[str, Any]:
-        while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._in], [], [], left)[0]:
-                self.kill()
-                raise WorkerFailed("timeout", f"{op} took longer than {timeout_s:.0f} s")
-            received = os.read(self._in, 2**20)
-            if not received:
-                raise WorkerFailed("crashed", self._epitaph())
-            self._buffer += received
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict) or "event" not in event:
-            self.kill()
-            raise WorkerFailed("crashed", f"the worker sent what is no event: {line[:80]!r}")
-        return event
-
-    def _epitaph(self) -> str:
-        """How the process ended, and the last line that it wrote."""
-        self.kill()
-        code = self.process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return f"the worker {how}" + (f": {lines[-1][:200]}" if lines and code > 0 else "")
-
-    def kill(self) -> None:
-        if self._out == -1:  # killed before: its number may be another process's by now
-            return
-        if self.witness is not None:
-            self.witness.stop()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        os.close(self._out)
-        os.close(self._in)
-        self._out = self._in = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Where a run's tokenized text and reference logits are. At a length without logits quality is not measured.
-
-    `task` holds the questions with the reference's scores, where there is a task.
-    """
-
-    tokens: str
-    references: dict[int, str]
-    task: str | None = None
 
 
 class Trials:

@@ -270,7 +270,8 @@ class Worker:
         from ..measure.inputs import prompts_of
         from ..measure.machine import state, waiting
         from ..measure.task import figures as task_figures
-        from ..measure.throughput import measure_throughput, summarize
+        from ..measure.throughput import measure_throughput
+        from ..samples import summarize
 
         began = time.perf_counter()
         chosen = Configuration(**configuration)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from autotune.config import Budget, Configuration, Workload
 from autotune.engine.decode import Generation
-from autotune.measure.throughput import DRIFT, MAX_ROUNDS, drift, measure_throughput, pooled, rate_interval, summarize
+from autotune.measure.throughput import MAX_ROUNDS, measure_throughput
+from autotune.samples import DRIFT, drift, pooled, rate_interval, summarize
 from autotune.trial.trials import Trials
 from tests.conftest import synthetic_record
 

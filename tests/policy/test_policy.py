@@ -17,6 +17,7 @@ from rich.console import Console
 
 from autotune.cli import _print_policy
 from autotune.config import MIB, Budget, Configuration, Record, Workload
+from autotune.model.fingerprint import fingerprint
 from autotune.policy.choice import best_group, choose
 from autotune.policy.export import as_markdown
 from autotune.policy.policy import (
@@ -33,7 +34,6 @@ from autotune.policy.policy import (
     to_configuration,
     write_policy,
 )
-from autotune.run import fingerprint
 from tests.conftest import synthetic_record
 
 BUDGET = Budget(1000 * MIB)

@@ -20,10 +20,10 @@ from autotune.cli import main
 from autotune.config import MIB, Configuration, Record, Workload, mib
 from autotune.demo import DRAFT, TARGET
 from autotune.engine.load import full_precision
+from autotune.model.fingerprint import fingerprint
 from autotune.policy import verify
 from autotune.policy.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
 from autotune.policy.verify import Verification, verify_policy
-from autotune.run import fingerprint
 from autotune.trial import trials as trial
 from tests.conftest import synthetic_record
 

@@ -29,8 +29,8 @@ from transformers import AutoTokenizer
 from autotune.cli import main
 from autotune.config import Workload
 from autotune.demo import TARGET, held_out_text
+from autotune.model.fingerprint import fingerprint
 from autotune.policy.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
-from autotune.run import fingerprint
 from autotune.serve.openai_api import APIError, Message, conversation_tokens
 from autotune.serve.server import _body, application, bind, is_loopback, model_name
 

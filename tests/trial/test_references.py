@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from autotune.run import _facts, _score_reference
 from autotune.trial import references
-from autotune.trial.trials import Inputs
+from autotune.trial.inputs import Inputs, reference_facts, score_reference
 
 TOLD = {"how": "on the device", "took_s": 4.0}
 
@@ -112,11 +111,11 @@ def scored(folder: Path, contexts: tuple[int, ...], *, task: str | None = None, 
     inputs = Inputs("inputs.npz", {context: str(folder / f"{context}.npy") for context in contexts}, task)
     for path in inputs.references.values():
         Path(path).unlink(missing_ok=True)
-    facts = _facts(
+    facts = reference_facts(
         *({**had, **changes.get(key, {})} for key, had in zip("itm", (IDENTITY, TEXT, MACHINE), strict=True))
     )
     worker: Any = Scorer()
-    found = _score_reference(worker, folder, changes.get("weights", "bf16"), inputs, facts, changes.get("noise_at"))
+    found = score_reference(worker, folder, changes.get("weights", "bf16"), inputs, facts, changes.get("noise_at"))
     assert [Path(path).read_text() for path in inputs.references.values()] == [f"logits at {c}" for c in contexts]
     return worker.asked, found
 

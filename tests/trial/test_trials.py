@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 
 from autotune.config import MIB, Budget, Configuration, Workload
+from autotune.trial import process
 from autotune.trial import trials as trial
-from autotune.trial.trials import Inputs, OurBug, Trials, WorkerFailed, WorkerProcess
+from autotune.trial.inputs import Inputs
+from autotune.trial.process import OurBug, WorkerFailed, WorkerProcess
+from autotune.trial.trials import Trials
+from autotune.trial.witness import Witness
 
 FAULTY = Path(__file__).parents[1] / "faulty_worker.py"
 BUDGET = Budget(500 * MIB)
@@ -26,7 +30,7 @@ Plant = Callable[..., None]
 @pytest.fixture
 def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
     """Makes the next worker, or the present one, do something once."""
-    monkeypatch.setattr(trial, "WORKER", (sys.executable, str(FAULTY)))
+    monkeypatch.setattr(process, "WORKER", (sys.executable, str(FAULTY)))
     monkeypatch.setenv("FAULT", str(tmp_path / "fault.json"))
     monkeypatch.setenv("LIGHT", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(trial.__file__).parents[2]))
@@ -195,9 +199,9 @@ def test_nothing_outlives_the_trials_even_on_an_exception(plant: Plant, tmp_path
 PARENT = """
 import sys, time
 from pathlib import Path
-from autotune.trial import trials as trial
-trial.WORKER = (sys.executable, sys.argv[1])
-worker = trial.WorkerProcess(Path(sys.argv[2]), print).start("cpu", None)
+from autotune.trial import process
+process.WORKER = (sys.executable, sys.argv[1])
+worker = process.WorkerProcess(Path(sys.argv[2]), print).start("cpu", None)
 print("worker", worker.process.pid, flush=True)
 worker.request("measure", 600)
 """
@@ -257,7 +261,7 @@ def test_the_witness_outside_sees_what_the_worker_does_not_say(trials: Trials, p
 
 
 def test_a_peak_is_forgotten_by_a_new_beginning_that_falls_into_a_sample() -> None:
-    witness = trial.Witness(os.getpid(), None)
+    witness = Witness(os.getpid(), None)
     witness.peak = 600
 
     def read() -> int:

@@ -12,8 +12,11 @@ import pytest
 
 from autotune.config import MIB, Budget, Configuration, Record, Workload
 from autotune.demo import DRAFT, held_out_text
+from autotune.trial import process
 from autotune.trial import trials as trial
-from autotune.trial.trials import Inputs, OurBug, Trials, WorkerFailed, WorkerProcess
+from autotune.trial.inputs import Inputs
+from autotune.trial.process import OurBug, WorkerFailed, WorkerProcess
+from autotune.trial.trials import Trials
 from autotune.trial.worker import Worker
 
 FAULTY = Path(__file__).parents[1] / "faulty_worker.py"
@@ -51,7 +54,7 @@ def trials(folder: Path, plain: WorkerProcess) -> Iterator[Trials]:
     workload = Workload(contexts=CONTEXTS, new_tokens=4)
     budget = Budget(plain.hello["base_bytes"] + ROOM)
     with pytest.MonkeyPatch.context() as patch, Trials(str(DRAFT), workload, budget, folder) as trials:
-        patch.setattr(trial, "WORKER", (sys.executable, str(FAULTY)))
+        patch.setattr(process, "WORKER", (sys.executable, str(FAULTY)))
         patch.setattr(trial, "STABLE", 100.0)  # how steady this machine is now is not the question
         patch.setattr(trial, "BUSY", 1.0)
         patch.setattr(trial, "_LOOK", (3, 0.0))  # three rounds will do
