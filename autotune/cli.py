@@ -262,13 +262,13 @@ def export(folder: Path, to: Path | None, kind: str) -> None:
 
 def _exported(folder: Path, kind: str) -> str:
     from .policy.export import as_markdown, as_transformers
-    from .policy.policy import read_policy
+    from .policy.policy import Policy
     from .results import frame, read_run
     from .run import conclude
 
     if kind == "csv":
         return frame(read_run(folder).records).to_csv(index=False)
-    policy = read_policy(folder) if folder.suffix == ".json" else conclude(folder)
+    policy = Policy.load(folder) if folder.suffix == ".json" else conclude(folder)
     if policy is None:
         raise _answer_is_no(f"{folder} has no policy: no configuration was feasible")
     match kind:
@@ -444,8 +444,6 @@ def _request(options: dict[str, Any]) -> Request:
         space = read_space(options["space"])
     except SpaceError as error:
         raise click.UsageError(f"--space: {error}") from None
-    name = "demo" if options["model"] is None else model.name
-    out = options["out"] or Path("results") / f"{name}-{round(options['budget'] / 2**20)}MiB"
     try:
         return Request(
             model=model,
@@ -454,7 +452,7 @@ def _request(options: dict[str, Any]) -> Request:
             workload=workload,
             space=space,
             space_name=options["space"],
-            out=out,
+            out=options["out"],
             timeout_s=options["timeout"],
             trials=options["trials"],
             storage=options["storage"],
@@ -546,7 +544,7 @@ def _print_policy(policy: Policy, console: Any) -> None:
 
     from .policy.export import load_text, settings_text, task_text
 
-    table = Table(title=f"load: {load_text(policy.load)}", title_justify="left", header_style="bold")
+    table = Table(title=f"load: {load_text(policy.load_group)}", title_justify="left", header_style="bold")
     for column in ("up to", "settings", "tokens/s", "baseline", "times", "peak of budget", "quality loss"):
         table.add_column(column, justify="left" if column == "settings" else "right")
     stock = {entry.context_tokens: entry for entry in policy.baseline}

@@ -167,10 +167,15 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that the footprint may ever be, on one device."""
+    """The most that the footprint may ever be, on one device: `Budget.of("6.5GB", "cuda:0")`."""
 
     bytes: int
     device: str = "cpu"  # "cpu" or "cuda:N"
+
+    @classmethod
+    def of(cls, size: str, device: str = "cpu") -> Budget:
+        """A size as `--budget` takes it: GB is 10^9 bytes, GiB 2^30. Raises ValueError for what is none."""
+        return cls(parse_bytes(size), device)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import Budget, Configuration, Record, Workload
+from .config import MIB, Budget, Configuration, Record, Workload
+from .demo import TARGET
 from .model.folder import PlanError, check_folder
 from .model.shape import ModelShape, read_shape
-from .search.space import Space
+from .search.space import Space, read_space
 
 
 class Watch:
@@ -26,22 +27,33 @@ class Watch:
 
 @dataclass
 class Request:
-    """What a run was asked for."""
+    """What a run is asked for: a model and a budget; all else has the defaults of `autotune run`.
+
+    `model` and each of `drafts` is a folder as Hugging Face models come in. `space` is what `read_space` makes of a
+    built-in search space's name or of a TOML file, and `space_name` what it is called. `out` is the run folder; without
+    one it is results/MODEL-BUDGET. `storage` is any URL that Optuna takes; without one it is study.db in the run folder.
+    """
 
     model: Path
-    drafts: list[Path]
     budget: Budget
-    workload: Workload
-    space: Space
-    space_name: str
-    out: Path
-    timeout_s: float = 600
-    trials: int | None = None
+    _: KW_ONLY
+    drafts: list[Path] = field(default_factory=list)
+    workload: Workload = field(default_factory=Workload)
+    space: Space = field(default_factory=lambda: read_space("default"))
+    space_name: str = "default"
+    out: Path = None  # type: ignore[assignment] # filled in below
+    timeout_s: float = 600  # of the whole run
+    trials: int | None = None  # measurements of the search, at most
     storage: str | None = None
     reloads: bool = False  # whether each context may have a load group of its own
     seed: int = 0
     warm_start: bool = True  # whether to learn from finished runs in the folders beside `out`
     started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.out is None:
+            name = "demo" if self.model == TARGET else self.model.name
+            self.out = Path("results") / f"{name}-{round(self.budget.bytes / MIB)}MiB"
 
     @property
     def study(self) -> str:

@@ -14,7 +14,8 @@ from .model.calibration import DEFAULT, cheapest
 from .model.fingerprint import fingerprint
 from .model.shape import ModelShape, read_shape
 from .policy.choice import best_group, choose, contender, settle, unfinished
-from .policy.policy import Policy, make_policy, write_policy
+from .policy.policy import Policy, write_policy
+from .policy.rules import make_policy
 from .report.page import write_report
 from .report.view import RunData
 from .request import Request, Watch, check_inputs
@@ -40,12 +41,13 @@ class NothingFits(Exception):
     """No configuration fits the budget; the message says by how much and what would."""
 
 
-def tune(request: Request, watch: Watch) -> Policy | None:
+def tune(request: Request, watch: Watch | None = None) -> Policy | None:
     """Search, measure the finalists again, choose; returns the policy that the run folder then holds.
 
     None where no configuration was feasible. KeyboardInterrupt ends the search; what was measured still makes a policy.
     Raises NothingFits before anything is measured, RunError and PlanError for inputs that cannot be used.
     """
+    watch = watch or Watch()
     shapes = check_inputs(request)
     _check_budget(request, shapes)
     info = _prepare_folder(request, watch)

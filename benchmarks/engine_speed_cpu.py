@@ -38,7 +38,7 @@ from autotune.engine.decode import NGRAM, Engine
 from autotune.engine.grouped import use_grouped
 from autotune.engine.load import full_precision
 from autotune.measure.inputs import prepare, windows
-from autotune.policy.choice import t95
+from autotune.policy.compare import t95
 
 Row = dict[str, Any]
 CACHES = "dynamic", "static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8"

@@ -30,7 +30,7 @@ import click
 
 from autotune.config import Configuration
 from autotune.policy.export import load_text, settings_text
-from autotune.policy.policy import Policy, PolicyError, Rule, load_of, read_policy, settings_of, to_configuration
+from autotune.policy.policy import Policy, PolicyError, Rule, load_of, settings_of, to_configuration
 
 COMMAND = [sys.executable, "-m", "autotune", "run"]
 QUICK = "--budget 6.5GB --space quick --contexts 512,2k --timeout 150s --device cpu"
@@ -164,7 +164,7 @@ def spread(values: Iterable[float]) -> dict[str, float] | None:
 
 def _policy(folder: Path) -> Policy | None:
     path = folder / "run" / "policy.json"
-    return read_policy(path) if path.exists() else None
+    return Policy.load(path) if path.exists() else None
 
 
 def _show(row: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ from autotune.config import Budget, Configuration, LoadGroup, Outcome, Record, W
 from autotune.measure.throughput import hopeless
 from autotune.model.shape import LayerShape, Linear, ModelShape
 from autotune.policy.choice import best_group, choose
-from autotune.request import Watch
+from autotune.request import Request, Watch
 from autotune.results import frame
 from autotune.samples import summarize
 from autotune.search.space import Space, Suggests
@@ -321,7 +321,7 @@ def search(
     """
     replay = Replay(sweep, budget, limit_s, seed)
     storage: Any = optuna.storages.InMemoryStorage()
-    request = run.Request(
+    request = Request(
         model=Path("model"),
         drafts=[Path(name) for name in sweep.shapes if name != "model"],
         budget=Budget(budget, sweep.header["device"]),

@@ -26,7 +26,7 @@ from typing import Any
 import click
 
 from autotune.config import mib
-from autotune.policy.policy import read_policy
+from autotune.policy.policy import Policy
 from autotune.serve.deploy import LLM, deploy
 from autotune.trial.witness import Witness
 
@@ -143,7 +143,7 @@ def main(policy: Path, minutes: float, callers: int, text: Path | None, count: i
     """Ask a deployed policy for minutes on end, and compare every answer with the one given alone."""
     from autotune.demo import held_out_text
 
-    witness = start_witness(str(read_policy(policy).environment.get("device_word", "cpu")))
+    witness = start_witness(str(Policy.load(policy).environment.get("device_word", "cpu")))
     llm = deploy(policy)
     prompts = pool(llm, text.read_text(encoding="utf-8") if text else held_out_text(), count, random.Random(seed))
     tally, footprints = soak(llm, prompts, minutes, callers, seed, witness)

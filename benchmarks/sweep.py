@@ -39,8 +39,9 @@ import click
 from autotune import run
 from autotune.config import Budget, Configuration, LoadGroup, Record, Workload, mib, parse_tokens
 from autotune.demo import DRAFT, TARGET
+from autotune.model.fingerprint import fingerprint
 from autotune.model.folder import PlanError
-from autotune.request import Watch, check_inputs
+from autotune.request import Request, Watch, check_inputs
 from autotune.results import RunError
 from autotune.search.space import Space, SpaceError, read_space
 from autotune.trial.trials import Trials
@@ -219,7 +220,7 @@ def sweep(
     stamps, contexts = Stamps(), request.workload.contexts
     deadline = request.started + request.timeout_s
     with Trials(str(request.model), request.workload, request.budget, request.out, stamps) as trials:
-        identity = {"model": run.fingerprint(request.model)}
+        identity = {"model": fingerprint(request.model)}
         info, space = run._prepare(request, trials, {"identity": identity}, Notes())
         names = {str(draft): f"draft{number}" for number, draft in enumerate(request.drafts, 1)}
         paths = {name: path for path, name in names.items()}
@@ -349,7 +350,7 @@ def main(
     )
     with tempfile.TemporaryDirectory() as folder:
         try:
-            request = run.Request(
+            request = Request(
                 model=model,
                 drafts=list(drafts),
                 budget=Budget(UNLIMITED, "cuda:0" if device == "cuda" else device),
@@ -364,8 +365,8 @@ def main(
             header = {
                 "sweep": 1,
                 "note": note,
-                "model": run.fingerprint(model)["weights_sha256"],
-                "drafts": [run.fingerprint(draft)["weights_sha256"] for draft in drafts],
+                "model": fingerprint(model)["weights_sha256"],
+                "drafts": [fingerprint(draft)["weights_sha256"] for draft in drafts],
                 "workload": json.loads(
                     json.dumps({**dataclasses.asdict(workload), "text": text.name if text else None})
                 ),

@@ -27,7 +27,8 @@ from autotune import run
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.demo import TARGET
 from autotune.model.shape import read_shape
-from autotune.policy.policy import Policy, read_policy, schema
+from autotune.policy.policy import Policy, schema
+from autotune.request import Request
 from autotune.results import Run, frame, read_records, read_run
 from autotune.search.space import Space, read_space
 from autotune.search.study import Search, Studies
@@ -169,7 +170,7 @@ def test_a_report_of_a_killed_run_has_a_policy_by_what_it_measured(killed: tuple
     wrote = f"{run}/policy.json, report.html, trials.csv: the best so far of a run that has not ended\n"
     assert finish(command("report", str(run))) == wrote
     assert "not ended: the best so far" in (run / "report.html").read_text("utf-8")
-    policy = read_policy(run / "policy.json")
+    policy = Policy.load(run / "policy.json")
     assert [rule.max_context_tokens for rule in policy.rules] == [64, 128]
     assert [baseline.context_tokens for baseline in policy.baseline] == [64, 128]
     assert [policy.configuration(rule) for rule in policy.rules] == [r.configuration for r in read_run(run).records]
@@ -189,7 +190,7 @@ def test_the_same_command_continues_a_killed_run_and_measures_nothing_twice(
 def test_a_run_writes_a_policy_that_its_schema_and_its_reader_take(finished: tuple[Path, str]) -> None:
     folder = finished[0]
     jsonschema.validate(json.loads((folder / "run" / "policy.json").read_text()), schema())
-    policy = read_policy(folder / "run" / "policy.json")
+    policy = Policy.load(folder / "run" / "policy.json")
     assert {64, 128} <= {rule.max_context_tokens for rule in policy.rules}  # a boundary may lie between
     assert all(rule.expected.peak_bytes <= policy.budget_bytes == 2 * 10**9 for rule in policy.rules)
     assert policy.model.path.endswith("target")
@@ -204,7 +205,7 @@ def test_a_run_writes_every_file_of_the_contract(finished: tuple[Path, str]) -> 
     assert len(info["text"]["text_sha256"]) == 64
     assert list(info["reference"]["noise_floor"]) == ["64"]
     assert 0 < info["reference"]["noise_floor"]["64"]["ln_ratio"] < 0.05
-    assert read_policy(folder / "run" / "policy.json").workload["noise_floor"] == info["reference"]["noise_floor"]
+    assert Policy.load(folder / "run" / "policy.json").workload["noise_floor"] == info["reference"]["noise_floor"]
     table = rows(folder)
     assert set(table["outcome"]) == {"ok"}
     assert (table["peak_bytes"].astype(float) <= 2e9).all()
@@ -284,7 +285,7 @@ def test_ctrl_c_or_sigterm_ends_with_the_best_so_far_and_after_a_text_that_was_t
         assert process.returncode == 0, said
         assert "stopped: finishing with what was measured" in said
         assert workers(folder) == []
-        policy = read_policy(folder / "run" / "policy.json")
+        policy = Policy.load(folder / "run" / "policy.json")
         assert [rule.max_context_tokens for rule in policy.rules] == [64, 128]
         assert len(rows(folder)) == stored(folder) == 2
 
@@ -354,9 +355,8 @@ class Looked:
         chosen = {LOW: SHORT, HIGH: LONG} if chosen is None else chosen
         workload = Workload(contexts=(LOW, HIGH))
         space = Space({"cache": ("static", "dynamic")})
-        request = run.Request(
-            folder, [], Budget(10**9), workload, space, "mine", folder, timeout_s=seconds, started=formula.now
-        )
+        request = Request(folder, Budget(10**9), workload=workload, space=space, space_name="mine", out=folder)
+        request.timeout_s, request.started = seconds, formula.now
         info = {
             "identity": {"model": {"path": "m", "weights_sha256": "a", "tokenizer_sha256": "b"}, "drafts": []},
             "space": "mine",
@@ -597,7 +597,9 @@ def test_inputs_are_cut_for_every_length_that_a_boundary_may_have(contexts: set[
 
 def test_a_measurement_that_the_end_of_a_run_cut_short_is_not_known_to_the_next(tmp_path: Path) -> None:
     workload, cut, slow, done = Workload(contexts=(64,)), *(Configuration(prefill_chunk=chunk) for chunk in (1, 2, 3))
-    request = run.Request(TARGET, [], Budget(10**9), workload, read_space("quick"), "quick", tmp_path)
+    request = Request(
+        TARGET, Budget(10**9), workload=workload, space=read_space("quick"), space_name="quick", out=tmp_path
+    )
     studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
     studies.keep(Record(cut, 64, "timeout", "measure took longer than 30 s"))
     studies.keep(Record(slow, 64, "timeout", "measure took longer than 600 s"))
@@ -610,7 +612,9 @@ def test_a_measurement_that_the_end_of_a_run_cut_short_is_not_known_to_the_next(
 @pytest.mark.parametrize("warm_start", [True, False])
 def test_an_earlier_run_calibrates_the_plan_unless_it_shall_not(tmp_path: Path, warm_start: bool) -> None:
     workload = Workload(contexts=(64,))
-    request = run.Request(TARGET, [], Budget(10**9), workload, read_space("quick"), "quick", tmp_path / "run")
+    request = Request(
+        TARGET, Budget(10**9), workload=workload, space=read_space("quick"), space_name="quick", out=tmp_path / "run"
+    )
     request.warm_start = warm_start
     request.out.mkdir()
     (earlier := tmp_path / "earlier").mkdir()
@@ -639,7 +643,9 @@ def test_an_earlier_run_calibrates_the_plan_unless_it_shall_not(tmp_path: Path, 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_on_a_gpu_the_search_knows_what_a_step_reads(tmp_path: Path, device: str) -> None:
     workload = Workload(contexts=(64,))
-    request = run.Request(TARGET, [], Budget(10**9, device), workload, read_space("quick"), "quick", tmp_path)
+    request = Request(
+        TARGET, Budget(10**9, device), workload=workload, space=read_space("quick"), space_name="quick", out=tmp_path
+    )
     studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
     info: dict[str, Any] = {"environment": {"base_bytes": 10**8}, "identity": {"model": {}, "drafts": []}}
     request.warm_start = False

@@ -10,15 +10,29 @@ differs only in a chunk that the prompts of a context fit is the same thing ther
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Iterable
 
 from ..config import Configuration, LoadGroup, Objective, Record, Workload
+from .compare import (
+    NEAR,
+    as_done,
+    broken,
+    carried_out,
+    compare,
+    evidence_of,
+    interval_of,
+    log_rounds,
+    may_match,
+    near,
+    sound,
+    soundly_again,
+    speedup,
+    within,
+)
 
 TIE = 0.97  # a simpler configuration must reach this share of the best rate to be called a tie in the search
-NEAR = 0.9  # and this in the finals, however wide the error, to be recommended in the place of the fastest
 
 
 def best_group(records: Iterable[Record], workload: Workload) -> LoadGroup | None:
@@ -140,12 +154,6 @@ def choose(records: list[Record], workload: Workload, reloads: bool = False) -> 
     return chosen
 
 
-def as_done(records: Iterable[Record]) -> list[Record]:
-    """The records with configurations as they were carried out: a prompt that fits its first chunk was read whole."""
-    done = ((record, record.configuration.at(record.context_tokens)) for record in records)
-    return [r if ours is r.configuration else dataclasses.replace(r, configuration=ours) for r, ours in done]
-
-
 def rivals(records: Iterable[Record], leader: Configuration, context: int, objective: Objective) -> list[Configuration]:
     """What else of its load group may be as fast as the leader at this context, the fastest first.
 
@@ -160,16 +168,6 @@ def rivals(records: Iterable[Record], leader: Configuration, context: int, objec
     return [c for c, record in fastest.items() if ours and near([record], ours, objective)]
 
 
-def near(ours: list[Record], theirs: list[Record], objective: Objective) -> bool:
-    """Whether ours may be as fast as theirs: no slower than error explains, and by not much."""
-    return _near(speedup(ours, theirs, objective))
-
-
-def _near(compared: tuple[float, float, float]) -> bool:
-    ratio, _, high = compared
-    return ratio >= NEAR and high >= 1
-
-
 def keeps_up(
     records: Iterable[Record], ours: dict[int, Configuration], theirs: dict[int, Configuration], workload: Workload
 ) -> bool:
@@ -179,7 +177,7 @@ def keeps_up(
         _fastest(done, side[max(side)].load_group, list(theirs), workload.objective) for side in (ours, theirs)
     )
     if mine and other:
-        return _near(_overall(done, mine, other, workload))
+        return may_match(_overall(done, mine, other, workload))
     return not any(configuration in broken(done, context) for context, configuration in ours.items())
 
 
@@ -198,11 +196,11 @@ def _overall(
     gain, terms = 0.0, []
     for side, sign in ((ours, 1), (theirs, -1)):
         found = {context: evidence_of(records, configuration, context) for context, configuration in side.items()}
-        rounds = {context: _log_rounds(evidence, workload.objective) for context, evidence in found.items()}
+        rounds = {context: log_rounds(evidence, workload.objective) for context, evidence in found.items()}
         rates = {context: math.exp(statistics.median(values)) for context, values in rounds.items()}
         gain += sign * math.log(_mean(rates, workload))
         terms += [(share, rounds[context]) for context, share in _shares(rates, workload).items()]
-    return _interval(gain, terms)
+    return interval_of(gain, terms)
 
 
 def _shares(rates: dict[int, float], workload: Workload) -> dict[int, float]:
@@ -229,17 +227,11 @@ def tied(
     done = as_done(records)
     finals = [r.configuration for r in sound(done, context) if r.stage == "final"]
     evidence = {c: evidence_of(done, c, context) for c in finals}
-    rate = {c: statistics.median(_log_rounds(found, objective)) for c, found in evidence.items()}
+    rate = {c: statistics.median(log_rounds(found, objective)) for c, found in evidence.items()}
     ranked = sorted(evidence, key=lambda c: (-rate[c], c.simplicity))
     own = [c for c in ranked if c.load_group == group or c == beside]
     told = ranked if any_load else own
     return [c for c in told if own and (c == own[0] or within(speedup(evidence[c], evidence[own[0]], objective)))]
-
-
-def within(compared: tuple[float, float, float]) -> bool:
-    """Whether a ratio is 1 within a known error."""
-    _, low, high = compared
-    return math.isfinite(high) and low <= 1 <= high
 
 
 def _simplest(
@@ -271,62 +263,6 @@ def _hidden(
     """Whether it was not soundly measured again, and is faster than the fastest that was by all that is known."""
     again = soundly_again(records, configuration, context)
     return not again and compare(records, configuration, fastest, context, objective)[1] > 1
-
-
-def soundly_again(records: list[Record], configuration: Configuration, context: int) -> bool:
-    """Whether it was measured again in the finals at this context, and never failed there."""
-    return any(r.configuration == configuration and r.stage == "final" for r in sound(records, context))
-
-
-def sound(records: list[Record], context: int) -> list[Record]:
-    """What was ok at this context and never failed there."""
-    failed = broken(records, context)
-    here = [record for record in records if record.outcome == "ok" and record.context_tokens == context]
-    return [record for record in here if record.configuration not in failed]
-
-
-def broken(records: Iterable[Record], context: int) -> set[Configuration]:
-    """What failed at this context at least once. Too little time and too much noise are no failures of its own."""
-    passing = ("ok", "timeout", "unstable")
-    return {r.configuration for r in records if r.context_tokens == context and r.outcome not in passing}
-
-
-def speedup(ours: list[Record], theirs: list[Record], objective: Objective) -> tuple[float, float, float]:
-    """How many times faster, with a 95 % interval: Welch's t on the logarithms of the rounds' rates."""
-    a, b = (_log_rounds(records, objective) for records in (ours, theirs))
-    return _interval(statistics.median(a) - statistics.median(b), [(1, a), (1, b)])
-
-
-def _interval(gain: float, terms: list[tuple[float, list[float]]]) -> tuple[float, float, float]:
-    """exp(gain) with a 95 % interval; a gain is made of the medians of the terms' values, times their factors."""
-    if any(len(values) < 2 for _, values in terms):
-        return math.exp(gain), 0.0, math.inf
-    parts = [factor**2 * statistics.variance(values) / len(values) for factor, values in terms]
-    error = math.sqrt(sum(parts))
-    if error == 0:
-        return math.exp(gain), math.exp(gain), math.exp(gain)
-    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, (_, v) in zip(parts, terms, strict=True))
-    half = t95(freedom) * error * math.sqrt(math.pi / 2)  # the median's efficiency
-    return math.exp(gain), math.exp(gain - half), math.exp(gain + half)
-
-
-def _log_rounds(records: list[Record], objective: Objective) -> list[float]:
-    """ln(rate) of every round of every record."""
-    return [math.log(rate) for record in records for rate in record.round_rates(objective)]
-
-
-def t95(freedom: float) -> float:
-    """Two-sided 95 % quantile of Student's t by the Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5).
-
-    Below 3 degrees of freedom the expansion is too low: there the next lower whole number's value stands.
-    """
-    if freedom < 3:
-        return 12.706 if freedom < 2 else 4.303
-    z = statistics.NormalDist().inv_cdf(0.975)
-    g1 = (z**3 + z) / 4
-    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + g1 / freedom + g2 / freedom**2 + g3 / freedom**3
 
 
 def settle(
@@ -421,11 +357,6 @@ def _measured_again(records: list[Record]) -> set[LoadGroup]:
     return {record.configuration.load_group for record in records if record.stage == "final"}
 
 
-def carried_out(choice: dict[int, Configuration]) -> dict[int, Configuration]:
-    """Each as it is carried out at its context."""
-    return {context: configuration.at(context) for context, configuration in choice.items()}
-
-
 def _stock(
     records: list[Record], contexts: list[int], baselines: dict[int, Configuration], reloads: bool
 ) -> dict[int, Configuration]:
@@ -458,20 +389,3 @@ def _standing(
         elif (best := best_in_group(records, configuration.load_group, context, objective)) is not None:
             standing[context] = best.configuration
     return standing
-
-
-def compare(
-    records: list[Record], ours: Configuration, theirs: Configuration | None, context: int, objective: Objective
-) -> tuple[float, float, float]:
-    if theirs is None:
-        return math.inf, math.inf, math.inf
-    if ours == theirs:
-        return 1.0, 1.0, 1.0
-    return speedup(evidence_of(records, ours, context), evidence_of(records, theirs, context), objective)
-
-
-def evidence_of(records: list[Record], configuration: Configuration, context: int) -> list[Record]:
-    """The records that a claim about a configuration rests on: the finals, else what the search measured."""
-    here = [r for r in records if r.configuration == configuration and r.context_tokens == context and r.tokens_per_s]
-    finals = [record for record in here if record.stage == "final" and record.outcome in ("ok", "quality_loss")]
-    return finals or here

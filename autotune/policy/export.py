@@ -86,7 +86,7 @@ _DRAFT = """\
 
 def as_transformers(policy: Policy) -> str:
     """A Python file that needs torch and transformers (and bitsandbytes or optimum-quanto, where the weights do)."""
-    load, device = policy.load, str(policy.environment.get("device_word", "cpu"))
+    load, device = policy.load_group, str(policy.environment.get("device_word", "cpu"))
     full_precision = str(policy.environment.get("full_precision", "bf16"))
     losses: dict[str, list[int]] = {}  # what is lost -> the rules that lose it
     rules, drafts = [], False
@@ -165,7 +165,7 @@ def _load_arguments(weights: str, attention: str, full_precision: str) -> str:
 
 def _load_differences(policy: Policy, device: str) -> list[str]:
     """What stock transformers cannot do of the load group."""
-    load, lost = policy.load, []
+    load, lost = policy.load_group, []
     if load.weights == "checkpoint":
         lost.append(
             "the quantized checkpoint needs its method's package (gptqmodel for GPTQ and AWQ), and runs its kernels"
@@ -243,7 +243,7 @@ def as_markdown(policy: Policy) -> str:
     lines = [
         f"{info.revision or Path(info.path).name} on {environment.get('device', 'an unnamed device')}, budget "
         f"{mib(policy.budget_bytes)}, {policy.workload.get('new_tokens', '?')} new tokens a request. "
-        f"Loaded once: {load_text(policy.load)}.",
+        f"Loaded once: {load_text(policy.load_group)}.",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",

@@ -22,7 +22,7 @@ from ..model.fingerprint import fingerprint
 from ..trial.inputs import input_files, prepare_inputs, text_file
 from ..trial.process import WorkerFailed
 from ..trial.trials import Trials, lost_answers
-from .policy import Policy, PolicyError, Rule, read_policy
+from .policy import Policy, PolicyError, Rule
 
 SLACK = 0.15  # how far below its interval a rate may fall on the machine that measured it: other load, other clocks
 WIDEST = 0.5  # an interval's lower end counts as at least this share of its median: [0, high] promises something too
@@ -95,7 +95,7 @@ def verify_policy(path: Path, phase: Say = lambda text: None, note: Say = lambda
 
 def verify_rounds(path: Path, phase: Say, note: Say) -> Generator[Verification]:
     """Round after round. Where a model's files are not those that were measured, nothing is run."""
-    policy = read_policy(path)
+    policy = Policy.load(path)
     for info in (policy.model, *policy.drafts):
         if not Path(info.path).is_dir():
             raise PolicyError(f"{path}: the model folder {info.path} does not exist: edit its path")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..config import MIB, Budget, Configuration, LoadGroup, Objective, Record, Workload, within_noise
-from ..policy.choice import as_done
+from ..policy.compare import as_done
 
 KNOBS = tuple(f.name for f in fields(Configuration))
 LOAD_KNOBS = tuple(f.name for f in fields(LoadGroup))

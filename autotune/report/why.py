@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ..config import MIB, Record
-from ..policy.choice import speedup
+from ..policy.compare import speedup
 from .view import Answer, Html, View, describe, join, number, tag, words
 
 _GB = 10**9

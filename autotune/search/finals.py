@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from itertools import pairwise, zip_longest
 
 from ..config import Configuration, Record, Workload
-from ..policy.choice import choose, contender, keeps_up, near, rivals, speedup, tied
+from ..policy.choice import choose, contender, keeps_up, rivals, tied
+from ..policy.compare import near, speedup
 from ..request import Request, Watch
 from ..trial.inputs import lengths_between
 from ..trial.trials import Trials

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from ..config import ALLOCATOR, MIB, LoadGroup, mib
 from ..engine.decode import Engine, Generation, Sampling
 from ..measure.memory import Meter, out_of_memory
-from ..policy.policy import ModelInfo, Policy, PolicyError, Rule, read_policy
+from ..policy.policy import ModelInfo, Policy, PolicyError, Rule
 
 _SMALL = 64 * MIB  # bytes of a file that is hashed before it is loaded
 FinishReason = Literal["stop", "length", "closed"]
@@ -323,7 +323,7 @@ class LLM:
 
 def deploy(policy: str | Path | Policy, device: str | None = None) -> LLM:
     """Load what the policy says, inside its budget. Raises PolicyError for a policy that cannot be used here."""
-    loaded = policy if isinstance(policy, Policy) else read_policy(Path(policy))
+    loaded = policy if isinstance(policy, Policy) else Policy.load(Path(policy))
     measured = str(loaded.environment.get("device_word", "cpu"))
     device = device or measured
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -49,7 +49,7 @@ def test_a_choice_agrees_by_itself_or_by_a_tie_that_either_side_declares() -> No
 
 def test_a_tie_of_another_load_agrees_too() -> None:
     other, tied = chose("static"), chose("static", ties=("static",))
-    other.load.weights = "bnb-nf4"
+    other.load_group.weights = "bnb-nf4"
     assert repeats.judge([chose("static"), other], 64)["agree"] == 1
     tied.rules[0].ties[0].load.weights = "bnb-nf4"
     assert repeats.judge([tied, other], 64)["agree"] == 2

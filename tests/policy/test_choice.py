@@ -10,20 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from autotune.config import MIB, Configuration, Outcome, Record, Workload
-from autotune.policy.choice import (
-    as_done,
-    best_group,
-    best_in_group,
-    choose,
-    contender,
-    keeps_up,
-    near,
-    rivals,
-    speedup,
-    t95,
-    tied,
-    unfinished,
-)
+from autotune.policy.choice import best_group, best_in_group, choose, contender, keeps_up, rivals, tied, unfinished
+from autotune.policy.compare import as_done, near, speedup, t95
 from autotune.policy.policy import Policy, load_of
 from benchmarks import repeats
 from tests.conftest import synthetic_record
@@ -546,7 +534,7 @@ def test_the_contender_is_loaded_where_the_finals_find_it_faster_over_all_contex
     assert chosen_of(policy) == [THEIRS] * 2
     assert policy is not None
     assert {rule.load for rule in policy.rules} == {None}
-    assert policy.load == load_of(THEIRS)
+    assert policy.load_group == load_of(THEIRS)
     assert tied_with(policy) == [OURS]  # at 512 they tie, at 2048 it is slower
     assert tied_with(policy, 1) == []
     assert "simpler load stands" not in policy.rules[0].note

@@ -237,7 +237,7 @@ def test_the_table_for_a_readme() -> None:
     known = policy({}, SPECULATION | {"cache": "static", "prefill_chunk": 512})
     first, second = known.rules
     known.baseline = [
-        Baseline(context_tokens=64, load=known.load, settings=first.settings, expected=first.expected),
+        Baseline(context_tokens=64, load=known.load_group, settings=first.settings, expected=first.expected),
     ]
     second.speedup_interval, second.tie = (0.9, 2.1), True
     second.expected = second.expected.model_copy(

@@ -25,15 +25,13 @@ from autotune.policy.policy import (
     Evidence,
     Policy,
     PolicyError,
-    expected_of,
     load_of,
-    make_policy,
-    read_policy,
     schema,
     settings_of,
     to_configuration,
     write_policy,
 )
+from autotune.policy.rules import expected_of, make_policy
 from tests.conftest import synthetic_record
 
 BUDGET = Budget(1000 * MIB)
@@ -125,7 +123,7 @@ def test_a_policy_survives_its_file_with_the_fields_of_a_later_version(tmp_path:
     data["rules"][0]["settings"]["new_knob"] = {"a": [1]}
     data["load"]["rope"] = "yarn"
     (tmp_path / "policy.json").write_text(json.dumps(data))
-    write_policy(read_policy(tmp_path / "policy.json"), tmp_path / "again.json")
+    write_policy(Policy.load(tmp_path / "policy.json"), tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text()) == data
 
 
@@ -166,7 +164,7 @@ def test_whatever_a_later_version_adds_at_any_place_survives_reading_and_writing
         written[free] |= data.draw(st.dictionaries(names, json_values, max_size=2))
     path = tmp_path_factory.mktemp("policy") / "policy.json"
     path.write_text(json.dumps(written))
-    write_policy(read_policy(path), path)
+    write_policy(Policy.load(path), path)
     assert json.loads(path.read_text()) == written
 
 
@@ -191,16 +189,16 @@ def test_a_misspelt_field_is_refused_with_the_field_that_is_meant(
     at[misspelt] = at[known]
     path = tmp_path / "policy.json"
     path.write_text(json.dumps(data))
-    write_policy(read_policy(path), path)  # beside the field itself it is a later version's
+    write_policy(Policy.load(path), path)  # beside the field itself it is a later version's
     assert json.loads(path.read_text()) == data
     del at[known]
     path.write_text(json.dumps(data))
     with pytest.raises(PolicyError, match=rf"policy\.json: .*unknown field '{misspelt}': write '{known}'"):
-        read_policy(path)
+        Policy.load(path)
 
 
 def test_a_policy_of_the_first_version_is_read_and_its_new_fields_are_empty() -> None:
-    policy = read_policy(Path(__file__).parents[2] / "benchmarks" / "recorded" / "run-8b-h200" / "policy.json")
+    policy = Policy.load(Path(__file__).parents[2] / "benchmarks" / "recorded" / "run-8b-h200" / "policy.json")
     assert policy.drafts == []
     assert policy.model.files == {}
     assert policy.rules[0].evidence.witness == "NVML, per process"
@@ -308,7 +306,7 @@ def test_an_error_in_a_policy_names_the_file_and_the_key(
     path = tmp_path / "policy.json"
     path.write_text(json.dumps(data))
     with pytest.raises(PolicyError) as caught:
-        read_policy(path)
+        Policy.load(path)
     assert str(caught.value).startswith(f"{path}: {key}: ")
     if not (isinstance(value, float) and math.isnan(value)):  # JSON has no NaN, so a schema has nothing to say of it
         with pytest.raises(jsonschema.ValidationError):
@@ -321,7 +319,7 @@ def test_a_key_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
     del data[key]
     (tmp_path / "policy.json").write_text(json.dumps(data))
     with pytest.raises(PolicyError, match=rf"policy\.json: {key}: "):
-        read_policy(tmp_path / "policy.json")
+        Policy.load(tmp_path / "policy.json")
 
 
 @pytest.mark.parametrize(
@@ -338,14 +336,14 @@ def test_a_key_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
 def test_what_is_no_policy_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "policy.json").write_text(text)
     with pytest.raises(PolicyError, match=rf"policy\.json.*{said}"):
-        read_policy(tmp_path / "policy.json")
+        Policy.load(tmp_path / "policy.json")
 
 
 def test_a_policy_that_is_missing_or_binary_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
     for name in ("binary.json", "missing.json"):
         with pytest.raises(PolicyError, match=rf"{name} cannot be read"):
-            read_policy(tmp_path / name)
+            Policy.load(tmp_path / name)
 
 
 def test_rules_that_do_not_ascend_are_refused(tmp_path: Path) -> None:
@@ -353,7 +351,7 @@ def test_rules_that_do_not_ascend_are_refused(tmp_path: Path) -> None:
     data["rules"].reverse()
     (tmp_path / "policy.json").write_text(json.dumps(data))
     with pytest.raises(PolicyError, match="ascending max_context_tokens"):
-        read_policy(tmp_path / "policy.json")
+        Policy.load(tmp_path / "policy.json")
 
 
 def test_a_rule_with_a_draft_model_that_is_not_loaded_is_refused(tmp_path: Path) -> None:
@@ -361,7 +359,7 @@ def test_a_rule_with_a_draft_model_that_is_not_loaded_is_refused(tmp_path: Path)
     data["load"] |= {"draft": "none", "draft_weights": "none"}
     (tmp_path / "policy.json").write_text(json.dumps(data))
     with pytest.raises(PolicyError, match=r"load\.draft is none"):
-        read_policy(tmp_path / "policy.json")
+        Policy.load(tmp_path / "policy.json")
 
 
 @given(configurations)
@@ -376,7 +374,7 @@ def test_a_policy_from_before_depths_adapted_reads_as_constant(tmp_path: Path) -
     (tmp_path / "policy.json").write_text(json.dumps(data))
     published = json.loads(SCHEMA_FILE.read_text())
     jsonschema.validate(data, published)
-    policy = read_policy(tmp_path / "policy.json")
+    policy = Policy.load(tmp_path / "policy.json")
     assert [policy.configuration(rule).speculation for rule in policy.rules] == ["constant"] * len(policy.rules)
 
 
@@ -471,9 +469,9 @@ def of_two_loads() -> Policy:
 
 def test_with_reloads_a_rule_has_its_own_load_and_says_how_long_it_takes(tmp_path: Path) -> None:
     write_policy(of_two_loads(), tmp_path / "policy.json")
-    policy = read_policy(tmp_path / "policy.json")
+    policy = Policy.load(tmp_path / "policy.json")
     assert [rule.load for rule in policy.rules] == [load_of(FAST), None]
-    assert policy.load.draft == "none"
+    assert policy.load_group.draft == "none"
     assert [rule.reload_s for rule in policy.rules] == [7.0, 3.0]
     assert [policy.configuration(rule).draft for rule in policy.rules] == [DRAFT, "prompt-lookup"]
     jsonschema.validate(policy.model_dump(mode="json"), json.loads(SCHEMA_FILE.read_text()))
@@ -516,7 +514,7 @@ def test_a_draft_model_is_looked_for_in_the_load_of_its_rule(tmp_path: Path) -> 
     data["rules"][0]["load"] |= {"draft": "none", "draft_weights": "none"}
     (tmp_path / "policy.json").write_text(json.dumps(data))
     with pytest.raises(PolicyError, match=r"load\.draft is none"):
-        read_policy(tmp_path / "policy.json")
+        Policy.load(tmp_path / "policy.json")
 
 
 OTHER = STOCK.replace(weights="quanto-int8")
@@ -640,7 +638,7 @@ def test_a_tie_with_a_draft_model_that_its_load_lacks_is_refused(tmp_path: Path)
     data["rules"][0]["ties"][0]["load"] |= {"draft": "none", "draft_weights": "none"}
     (tmp_path / "policy.json").write_text(json.dumps(data))
     with pytest.raises(PolicyError, match=r"tie uses a draft model, but its load\.draft is none"):
-        read_policy(tmp_path / "policy.json")
+        Policy.load(tmp_path / "policy.json")
     del data["rules"][0]["ties"]
     (tmp_path / "policy.json").write_text(json.dumps(data))
-    assert read_policy(tmp_path / "policy.json").rules[0].ties == []
+    assert Policy.load(tmp_path / "policy.json").rules[0].ties == []

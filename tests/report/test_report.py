@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.config import MIB, Budget, Configuration, LoadGroup, Record, Workload
-from autotune.policy.choice import speedup
+from autotune.policy.compare import speedup
 from autotune.report.figures import pareto_front
 from autotune.report.page import write_report
 from autotune.report.view import RunData, describe

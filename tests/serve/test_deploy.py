@@ -89,7 +89,7 @@ def test_a_deployed_policy_writes_what_the_measured_engine_writes_under_the_rule
 def test_a_rule_with_a_load_of_its_own_is_loaded_after_the_one_before_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autotune.measure.memory.Meter.cap", lambda meter: None)
     two = policy()
-    two.rules[0].load = two.load.model_copy(update={"draft": "none", "draft_weights": "none"})
+    two.rules[0].load = two.load_group.model_copy(update={"draft": "none", "draft_weights": "none"})
     loads: list[str] = []
     alive: list[weakref.ref[Engine]] = []
     load = Engine.load.__func__  # type: ignore[attr-defined]
@@ -135,7 +135,7 @@ def conversing(*rules: Rule, new_tokens: int = 16, **changes: Any) -> Policy:
     base = policy()
     return base.model_copy(
         update={
-            "load": base.load.model_copy(update=words),
+            "load_group": base.load_group.model_copy(update=words),
             "rules": list(rules),
             "workload": base.workload | {"new_tokens": new_tokens},
             **changes,
