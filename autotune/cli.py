@@ -386,8 +386,8 @@ class _plain_errors:
             return
         from .model.folder import PlanError
         from .policy.policy import PolicyError
+        from .request import NothingFits
         from .results import RunError
-        from .run import NothingFits
         from .search.space import SpaceError
 
         if isinstance(error, NothingFits):

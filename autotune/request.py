@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import MIB, Budget, Configuration, Record, Workload
+from .config import MIB, Budget, Workload, mib
 from .demo import TARGET
+from .model.calibration import DEFAULT, cheapest
 from .model.folder import PlanError, check_folder
 from .model.shape import ModelShape, read_shape
 from .search.space import Space, read_space
-
-
-class Watch:
-    """Who is told how the run goes; this one says nothing of it."""
-
-    def phase(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def trial(self, configuration: Configuration, context: int, stage: str) -> None: ...
-    def record(self, record: Record) -> None: ...
-    def gain(self, open_share: float) -> None: ...
 
 
 @dataclass
@@ -31,7 +23,7 @@ class Request:
 
     `model` and each of `drafts` is a folder as Hugging Face models come in. `space` is what `read_space` makes of a
     built-in search space's name or of a TOML file, and `space_name` what it is called. `out` is the run folder; without
-    one it is results/MODEL-BUDGET. `storage` is any URL that Optuna takes; without one it is study.db in the run folder.
+    one it is results/MODEL-BUDGET. `storage` is any URL that Optuna takes; without one study.db in the run folder.
     """
 
     model: Path
@@ -94,3 +86,37 @@ def _vocabulary(folder: Path) -> Any:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise PlanError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
+
+
+class NothingFits(Exception):
+    """No configuration fits the budget; the message says by how much and what would."""
+
+
+def check_budget(request: Request, shapes: dict[str, ModelShape]) -> None:
+    """Raises NothingFits where even the smallest prediction is over the budget."""
+    kind = "cpu" if request.budget.device == "cpu" else "cuda"
+    alone = {**request.space.choices, "draft": ("none",), "attention": request.space.choices["attention"][:1]}
+    space = dataclasses.replace(request.space, choices=alone).restrict(
+        device=request.budget.device,
+        full_precision="bf16",
+        drafts=[],
+        sliding=any(layer.window for layer in shapes[str(request.model)].layers),
+        quantized=shapes[str(request.model)].prequantized,
+        failed={},
+    )
+    configuration, context, prediction = cheapest(
+        shapes[str(request.model)],
+        {},
+        list(space.configurations()),
+        [min(request.workload.contexts)],
+        request.workload.new_tokens,
+        request.budget.device,
+        DEFAULT[kind],
+    )
+    least = int(prediction.total * 0.95)  # what the prediction's own error leaves open
+    if least > request.budget.bytes:
+        raise NothingFits(
+            f"--budget {mib(request.budget.bytes)} is {mib(least - request.budget.bytes)} under the smallest predicted "
+            f"footprint: {configuration.weights} weights, {configuration.cache} cache at {context} tokens need about "
+            f"{mib(prediction.total)}"
+        )

@@ -9,36 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config import HEAD_WEIGHTS, Configuration, Record, mib
-from .model.calibration import DEFAULT, cheapest
+from .config import HEAD_WEIGHTS, Configuration, Record
 from .model.fingerprint import fingerprint
 from .model.shape import ModelShape, read_shape
-from .policy.choice import best_group, choose, contender, settle, unfinished
+from .policy.choice import choose, settle
 from .policy.policy import Policy, write_policy
 from .policy.rules import make_policy
 from .report.page import write_report
 from .report.view import RunData
-from .request import Request, Watch, check_inputs
+from .request import Request, check_budget, check_inputs
 from .results import Run, RunError, frame, has_ended, read_info, read_records, read_run, storage_url
+from .samples import joined
+from .search.boundaries import boundaries
 from .search.earlier import Earlier, earlier_runs, learnt_from
-from .search.finals import FINAL_SHARE, bisect, changes, measure_finals, reserve, seconds_for
+from .search.finals import FINAL_SHARE, finalists, measure_finals, reserve
 from .search.foresight import Foresight
-from .search.space import Space
-from .search.study import COMPARABLE, Search, Studies, also, complete, importances, joined
-from .trial.inputs import Inputs, input_files, prepare_inputs, reference_facts, score_reference, text_file
+from .search.search import COMPARABLE, Search, coverage
+from .search.space import Space, stock_configurations
+from .search.study import Studies, importances
+from .search.watch import Watch
+from .trial.inputs import input_files, prepare_inputs, reference_facts, text_file
 from .trial.process import WorkerFailed
 from .trial.trials import Trials
 
 COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
 COMPLETING_SHARE = 0.1  # of --timeout, the most that completing it takes
 _TRIAL_S = 600.0  # the longest that one measurement may take
-_FEW = 2000  # pairs that are looked through one by one
 _SURE = 0.8  # probability of fitting below which a baseline waits until more is known
-_UNSURE = 0.3  # and then is not measured
-
-
-class NothingFits(Exception):
-    """No configuration fits the budget; the message says by how much and what would."""
 
 
 def tune(request: Request, watch: Watch | None = None) -> Policy | None:
@@ -49,58 +46,32 @@ def tune(request: Request, watch: Watch | None = None) -> Policy | None:
     """
     watch = watch or Watch()
     shapes = check_inputs(request)
-    _check_budget(request, shapes)
+    check_budget(request, shapes)
     info = _prepare_folder(request, watch)
     studies = Studies(_url(request), request.study, info["identity"], request.workload.contexts, request.seed)
     with Trials(str(request.model), request.workload, request.budget, request.out, watch.phase) as trials:
         try:
             info, space = _prepare(request, trials, info, watch)
             search = _search(request, space, shapes, studies, trials, info, watch)
-            candidates = _stock(info["environment"]["full_precision"], search.space)
+            candidates = stock_configurations(info["environment"]["full_precision"], search.space)
             search.baseline(candidates, sure=_SURE)
             watch.note(_dropped(space))
             search.run()
-            watch.note(_coverage(search) + _ended(request, info, search))
+            watch.note(coverage(search) + _ended(request, info, search))
             completing_s = min(COMPLETING_S, COMPLETING_SHARE * request.timeout_s)
-            chosen, baselines = _finalists(search, candidates, request.reloads, completing_s)
+            chosen, baselines = finalists(search, candidates, request.reloads, completing_s)
             end = request.started + request.timeout_s
             until = min(end, search.now() + FINAL_SHARE * request.timeout_s)
             measure_finals(search, trials, chosen, baselines, watch, until, end, request.reloads)
-            chosen |= _boundaries(request, search, trials, info, chosen, baselines, watch)
+            standing = settle(
+                read_records(_url(request), request.study), chosen, baselines, request.workload, request.reloads
+            )
+            until = end - info["reference"]["took_s"]
+            chosen |= boundaries(search, trials, standing, until, _reference(info), watch)
         except KeyboardInterrupt:
             watch.note("stopped: finishing with what was measured")
             return conclude(request.out)
     return conclude(request.out, chosen, baselines)
-
-
-def _check_budget(request: Request, shapes: dict[str, ModelShape]) -> None:
-    """Raises NothingFits where even the smallest prediction is over the budget."""
-    kind = "cpu" if request.budget.device == "cpu" else "cuda"
-    alone = {**request.space.choices, "draft": ("none",), "attention": request.space.choices["attention"][:1]}
-    space = dataclasses.replace(request.space, choices=alone).restrict(
-        device=request.budget.device,
-        full_precision="bf16",
-        drafts=[],
-        sliding=any(layer.window for layer in shapes[str(request.model)].layers),
-        quantized=shapes[str(request.model)].prequantized,
-        failed={},
-    )
-    configuration, context, prediction = cheapest(
-        shapes[str(request.model)],
-        {},
-        list(space.configurations()),
-        [min(request.workload.contexts)],
-        request.workload.new_tokens,
-        request.budget.device,
-        DEFAULT[kind],
-    )
-    least = int(prediction.total * 0.95)  # what the prediction's own error leaves open
-    if least > request.budget.bytes:
-        raise NothingFits(
-            f"--budget {mib(request.budget.bytes)} is {mib(least - request.budget.bytes)} under the smallest predicted "
-            f"footprint: {configuration.weights} weights, {configuration.cache} cache at {context} tokens need about "
-            f"{mib(prediction.total)}"
-        )
 
 
 def _prepare_folder(request: Request, watch: Watch) -> dict[str, Any]:
@@ -195,6 +166,11 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
     return info, space
 
 
+def _reference(info: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The reference's weights, and what decides its logits."""
+    return info["reference"]["weights"], reference_facts(info["identity"], info["text"], info["environment"])
+
+
 def _search(
     request: Request,
     space: Space,
@@ -244,7 +220,7 @@ def _search(
 
     def on_record(record: Record) -> None:
         foresight.learn(record)
-        search.deadline = end - reserve(search, request, info["reference"]["took_s"])
+        search.deadline = end - reserve(search, request.reloads, request.timeout_s, info["reference"]["took_s"])
         watch.record(record)
 
     search.on_record = on_record
@@ -256,29 +232,6 @@ def _search(
             search.learn(record)
             watch.record(record)
     return search
-
-
-def _stock(full_precision: str, space: Space) -> list[Configuration]:
-    """What a user would run without tuning: unquantized, else nf4, else nf4 with the head in nf4; stock otherwise."""
-    words = [full_precision, "bnb-nf4"]
-    if "checkpoint" in space.choices["weights"]:
-        words = ["checkpoint"]
-    lost = any((knob, word) == ("attention", "sdpa") for knob, word, _ in space.dropped)
-    attention = "eager" if lost else "sdpa"  # as transformers itself goes on where a model has no sdpa
-    lm_head = full_precision if words[0] == full_precision else Configuration.lm_head
-    stock = [Configuration(weights=word, lm_head=lm_head, attention=attention) for word in words]
-    return [*stock, stock[-1].replace(lm_head="nf4")] if len(stock) > 1 else stock
-
-
-def _coverage(search: Search) -> str:
-    """How much of the space was measured; of a small one also what the plan or an earlier record ruled out."""
-    pairs = [(c, context) for c in search.space.configurations() for context in search.workload.contexts]
-    left = [pair for pair in pairs if pair not in search.known]
-    text = f"measured {len(pairs) - len(left)} of {len(pairs)} (configuration, context) pairs of the space"
-    if left and len(pairs) <= _FEW:
-        hopeless = sum(bool(search.hopeless(*pair)) for pair in left)
-        text += f"; {hopeless} more cannot fit or cannot differ"
-    return text
 
 
 def _ended(request: Request, info: dict[str, Any], search: Search) -> str:
@@ -293,84 +246,6 @@ def _ended(request: Request, info: dict[str, Any], search: Search) -> str:
 def _dropped(space: Space) -> str:
     lines = [f"{knob} {word}: {reason}" for knob, word, reason in space.dropped]
     return "not searched here: " + "; ".join(lines) if lines else ""
-
-
-def _finalists(
-    search: Search, candidates: list[Configuration], reloads: bool, completing_s: float
-) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
-    """The chosen configurations, every context of the best load group and of a near one measured, and the baselines."""
-    group = best_group(search.known.values(), search.workload)
-    if group is not None:
-        search.deadline += completing_s
-        complete(search, group)
-        known, workload = list(search.known.values()), search.workload
-        if not reloads and not contender(known, workload, choose(known, workload)):
-            near_it = unfinished(known, workload, group)
-            if near_it is not None:
-                complete(search, near_it)
-    if search.now() < search.deadline:
-        search.baseline(candidates, sure=_UNSURE)
-    chosen, baselines = _choice(search, candidates, reloads)
-    if not reloads and len({baseline.load_group for baseline in baselines.values()}) > 1:
-        for context in chosen:  # without reloads only what fits at the longest can be kept as a baseline
-            also(search, baselines[max(baselines)], context)
-        return _choice(search, candidates, reloads)
-    return chosen, baselines
-
-
-def _choice(
-    search: Search, candidates: list[Configuration], reloads: bool
-) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
-    stock = {context: search.baseline_of(context, candidates) for context in search.workload.contexts}
-    baselines = {context: record.configuration for context, record in stock.items() if record is not None}
-    return choose(list(search.known.values()), search.workload, reloads), baselines
-
-
-def _boundaries(
-    request: Request,
-    search: Search,
-    trials: Trials,
-    info: dict[str, Any],
-    chosen: dict[int, Configuration],
-    baselines: dict[int, Configuration],
-    watch: Watch,
-) -> dict[int, Configuration]:
-    """Lengths between contexts up to which the lower context's choice is better, as far as there is time to look.
-
-    Speed, footprint and text are compared while halving; where a boundary is found, the reference is scored at that
-    length and the choice is measured there again, quality included: a rule ends only where all of it was measured.
-    """
-    records = read_records(_url(request), request.study)
-    standing = settle(records, chosen, baselines, request.workload, request.reloads)
-    until = request.started + request.timeout_s - info["reference"]["took_s"]
-    found: dict[int, Configuration] = {}
-    for low, high in changes(standing, request.workload):
-        ours, theirs = standing[low], standing[high]
-        until -= seconds_for(search, [(ours, high)], load=True)  # to measure it again at its end
-        watch.phase(f"looking between {low} and {high} for where the choice changes")
-        length = bisect(search, (low, ours), (high, theirs), until)
-        if length > low:
-            found[length] = ours
-    unscored = [length for length in found if search.known[found[length], length].perplexity_ratio is None]
-    if unscored:
-        assert trials.inputs is not None
-        paths = {length: str(request.out / f"reference-{length}.npy") for length in unscored}
-        between = Inputs(trials.inputs.tokens, paths)
-        trials.close()
-        worker = trials.uncapped()
-        try:
-            facts = reference_facts(info["identity"], info["text"], info["environment"])
-            score_reference(worker, request.model, info["reference"]["weights"], between, facts)
-        except WorkerFailed as failure:
-            watch.note(f"no boundary between contexts: the reference could not be scored there ({failure.reason})")
-            return {}
-        finally:
-            worker.kill()
-        trials.inputs.references.update(paths)
-        for length in unscored:
-            search.measured(found[length], length, "boundary", again=True)
-            Path(paths[length]).unlink()
-    return {length: ours for length, ours in found.items() if search.known[ours, length].outcome == "ok"}
 
 
 def _stored_choice(run: Run) -> tuple[dict[int, Configuration], dict[int, Configuration]]:

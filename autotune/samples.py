@@ -42,6 +42,13 @@ def pooled(first: Record, second: Record) -> Record:
     return dataclasses.replace(second, **figures, samples=tuple(samples), stage=first.stage, peak_bytes=peak)
 
 
+def joined(before: Record | None, record: Record) -> Record:
+    """What is known of a pair after one more look: both as one where both were sound, else the later."""
+    if before is not None and before.outcome == record.outcome == "ok" and before.samples and record.samples:
+        return pooled(before, record)
+    return record
+
+
 def drift(samples: list[dict[str, Any]]) -> float:
     """The later rounds' rate over the earlier ones', where it fell at once, by more than either side varies; else 1.
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from autotune.config import Configuration, LoadGroup, Record
 from autotune.model.calibration import DEFAULT, predict
-from autotune.search.outlook import with_idle
+from autotune.search.pairs import with_idle
 from autotune.search.space import Space
 from autotune.search.surrogate import Belief, Pool, footprint_belief, rate_belief
 

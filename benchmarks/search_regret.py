@@ -57,11 +57,13 @@ from autotune.config import Budget, Configuration, LoadGroup, Outcome, Record, W
 from autotune.measure.throughput import hopeless
 from autotune.model.shape import LayerShape, Linear, ModelShape
 from autotune.policy.choice import best_group, choose
-from autotune.request import Request, Watch
+from autotune.request import Request
 from autotune.results import frame
 from autotune.samples import summarize
-from autotune.search.space import Space, Suggests
+from autotune.search.finals import choice_by_search, finalists
+from autotune.search.space import Space, Suggests, stock_configurations
 from autotune.search.study import Studies
+from autotune.search.watch import Watch
 
 SHARES = (0.03, 0.05, 0.1, 0.2)
 SEARCH = "autotune"
@@ -353,14 +355,14 @@ def search(
         searching.deadline = deadline  # without finals and boundaries there is no time to keep for them
 
     searching.fits, searching.on_record = held, learn
-    stock = run._stock(header["environment"]["full_precision"], sweep.space)
+    stock = stock_configurations(header["environment"]["full_precision"], sweep.space)
     try:
         searching.baseline(stock, sure=run._SURE)
         searching.run()
-        run._finalists(searching, stock, False, completing_s)
+        finalists(searching, stock, False, completing_s)
     except OutOfTime:
         pass
-    return run._choice(searching, stock, False)[0], replay
+    return choice_by_search(searching, stock, False)[0], replay
 
 
 def run_info(sweep: Sweep) -> dict[str, Any]:

@@ -41,9 +41,10 @@ from autotune.config import Budget, Configuration, LoadGroup, Record, Workload, 
 from autotune.demo import DRAFT, TARGET
 from autotune.model.fingerprint import fingerprint
 from autotune.model.folder import PlanError
-from autotune.request import Request, Watch, check_inputs
+from autotune.request import Request, check_inputs
 from autotune.results import RunError
-from autotune.search.space import Space, SpaceError, read_space
+from autotune.search.space import Space, SpaceError, read_space, stock_configurations
+from autotune.search.watch import Watch
 from autotune.trial.trials import Trials
 
 UNLIMITED = 10**13  # bytes: under no budget
@@ -75,7 +76,7 @@ def configurations(space: Space, full_precision: str) -> list[Configuration]:
     """The stock ones, all of the space, and those with a draft model once more with it idle; each once."""
     legal = list(space.configurations())
     idle = [configuration.replace(depth=0) for configuration in legal if configuration.has_draft_model]
-    return list(dict.fromkeys([*run._stock(full_precision, space), *legal, *idle]))
+    return list(dict.fromkeys([*stock_configurations(full_precision, space), *legal, *idle]))
 
 
 def by_group(asked: list[Configuration], stock: int, sample: int | None, groups: int | None, seed: int) -> list[Any]:
@@ -225,7 +226,7 @@ def sweep(
         names = {str(draft): f"draft{number}" for number, draft in enumerate(request.drafts, 1)}
         paths = {name: path for path, name in names.items()}
         precision = info["environment"]["full_precision"]
-        asked, stock = configurations(space, precision), len(run._stock(precision, space))
+        asked, stock = configurations(space, precision), len(stock_configurations(precision, space))
         order = by_group(asked, stock, sample, groups, seed)
         if shard is not None:
             order = part(order, *shard)

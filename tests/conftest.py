@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy
 
 from autotune.config import MIB, Configuration, Outcome, Record
-from autotune.request import Watch
+from autotune.search.watch import Watch
 
 MakeRecord = Callable[..., Record]
 

@@ -27,14 +27,19 @@ from autotune import run
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.demo import TARGET
 from autotune.model.shape import read_shape
+from autotune.policy.choice import settle
 from autotune.policy.policy import Policy, schema
 from autotune.request import Request
 from autotune.results import Run, frame, read_records, read_run
+from autotune.search.boundaries import boundaries
+from autotune.search.finals import choice_by_search, finalists
+from autotune.search.search import Search, coverage
 from autotune.search.space import Space, read_space
-from autotune.search.study import Search, Studies
+from autotune.search.study import Studies
 from autotune.trial import trials as trial
-from autotune.trial.inputs import Inputs
+from autotune.trial.inputs import Inputs, measured_lengths
 from autotune.trial.process import WorkerFailed
+from autotune.trial.trials import Trials
 from tests.conftest import Notes, synthetic_record
 
 SPACE = """
@@ -365,7 +370,15 @@ class Looked:
         info |= {"text": {"tokens_sha256": "t"}, "environment": {"device": "d", "versions": {}}}
         info |= {"workload": dataclasses.asdict(workload), "budget": dataclasses.asdict(request.budget)}
         studies = Studies(run._url(request), request.study, {}, workload.contexts, 0)
-        self.search = Search(space, workload, request.budget, studies, formula.measure, fits, 0.0)
+        self.search = Search(
+            space=space,
+            workload=workload,
+            budget=request.budget,
+            studies=studies,
+            measure=formula.measure,
+            fits=fits,
+            deadline=0.0,
+        )
         for record in read_records(run._url(request), request.study):
             self.search.known[record.configuration, record.context_tokens] = record
         for context in (LOW, HIGH):
@@ -373,8 +386,11 @@ class Looked:
                 self.search.measured(configuration, context)
         self.before = len(formula.calls)
         formula.now = request.started
-        trials: Any = formula
-        self.found = run._boundaries(request, self.search, trials, info, chosen, {}, self.watch)
+        trials = Trials(str(folder), workload, request.budget, folder)
+        trials.inputs = formula.inputs
+        trials.uncapped = lambda: formula  # type: ignore[assignment, method-assign, return-value]
+        standing = settle(read_records(run._url(request), request.study), chosen, {}, workload)
+        self.found = boundaries(self.search, trials, standing, seconds - 5, ("bf16", {}), self.watch)
         (folder / "run.json").write_text(json.dumps(info))
         self.policy: Policy | None = run.conclude(folder, chosen | self.found, {})
 
@@ -509,7 +525,15 @@ def test_nothing_is_looked_for_between_equal_choices_different_loads_or_where_on
 def searching(folder: Path, measure: Callable[[Configuration, int, str], Record]) -> Search:
     studies = Studies(f"sqlite:///{folder / 'study.db'}", "run", {}, (LOW, HIGH), 0)
     workload, space = Workload(contexts=(LOW, HIGH)), Space({"cache": ("static", "dynamic")})
-    return Search(space, workload, Budget(10**9), studies, measure, lambda c, context: "", time.monotonic() + 60)
+    return Search(
+        space=space,
+        workload=workload,
+        budget=Budget(10**9),
+        studies=studies,
+        measure=measure,
+        fits=lambda c, context: "",
+        deadline=time.monotonic() + 60,
+    )
 
 
 @pytest.mark.parametrize("reloads", [False, True])
@@ -526,7 +550,7 @@ def test_what_is_stock_at_the_longest_context_is_measured_at_the_others_for_they
     search.baseline([large, small])
     for context in (LOW, HIGH):
         search.measured(fast, context)
-    chosen, baselines = run._finalists(search, [large, small], reloads, 60)
+    chosen, baselines = finalists(search, [large, small], reloads, 60)
     assert baselines == {LOW: large, HIGH: small}
     assert ((small, LOW) in search.known) == (not reloads)
     assert set(chosen) == {LOW, HIGH}
@@ -545,7 +569,7 @@ def test_a_load_near_the_best_is_measured_at_the_contexts_that_it_lacks(
     search = searching(tmp_path, measure)
     for configuration, context in ((fast, LOW), (fast, HIGH), (other, LOW)):
         search.measured(configuration, context)
-    run._finalists(search, [], reloads, 60)
+    finalists(search, [], reloads, 60)
     assert ((other, HIGH) in search.known) == (rate > 90 and not reloads)
 
 
@@ -581,14 +605,14 @@ def test_what_is_best_so_far_by_the_storage_is_what_the_search_itself_would_choo
     search.measured(lucky, LOW, again=True)
     search.studies.keep(synthetic_record(small, LOW, (900.0, 900.0, 900.0), stage="final"))  # a final is no look
     chosen, baselines = so_far()
-    assert (chosen, baselines) == run._choice(search, [large, small], reloads)
+    assert (chosen, baselines) == choice_by_search(search, [large, small], reloads)
     assert baselines == {LOW: large, HIGH: small}
     assert chosen[LOW] == lucky
 
 
 @given(st.sets(st.integers(1, 10**5), min_size=1, max_size=5))
 def test_inputs_are_cut_for_every_length_that_a_boundary_may_have(contexts: set[int]) -> None:
-    lengths = run._lengths(contexts)
+    lengths = measured_lengths(contexts)
     assert lengths == sorted(set(lengths))
     assert set(contexts) <= set(lengths)
     assert (min(lengths), max(lengths)) == (min(contexts), max(contexts))
@@ -636,7 +660,7 @@ def test_an_earlier_run_calibrates_the_plan_unless_it_shall_not(tmp_path: Path, 
     ) * warm_start
     assert (len(search.earlier), search.known) == (warm_start, {})
     largest = max(record.peak_bytes or 0 for record in sizes)
-    search.fits.__self__.request.budget = Budget(round(0.95 * largest))  # type: ignore[attr-defined]
+    search.fits.__self__.budget = Budget(round(0.95 * largest))  # type: ignore[attr-defined]
     assert bool(search.fits(sizes[-1].configuration, 64)) == warm_start
 
 
@@ -672,8 +696,16 @@ def test_the_run_says_how_much_of_the_space_it_measured_and_what_was_ruled_out(t
     def fits(configuration: Configuration, context: int) -> str:
         return "predicted over the budget" if configuration.cache == "static" and context == 128 else ""
 
-    search = Search(space, Workload(contexts=(64, 128)), Budget(10**9), studies, Mock(), fits, 0.0)
+    search = Search(
+        space=space,
+        workload=Workload(contexts=(64, 128)),
+        budget=Budget(10**9),
+        studies=studies,
+        measure=Mock(),
+        fits=fits,
+        deadline=0.0,
+    )
     record = synthetic_record(Configuration(cache="dynamic"), 64)
     search.known[record.configuration, 64] = record
     measured = "measured 1 of 8 (configuration, context) pairs of the space"
-    assert run._coverage(search) == f"{measured}; 2 more cannot fit or cannot differ"
+    assert coverage(search) == f"{measured}; 2 more cannot fit or cannot differ"

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import OBJECTIVES, Configuration, Objective, Record, mib
-from ..request import Watch
+from ..search.watch import Watch
 from .view import describe
 
 UNITS: dict[Objective, str] = dict(zip(OBJECTIVES, ("tokens/s", "decode tokens/s", "first tokens/s"), strict=True))

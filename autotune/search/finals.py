@@ -6,22 +6,21 @@ fresh worker; each of the two loads also tries what led with the other. What com
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 
-from ..config import Configuration, Record, Workload
-from ..policy.choice import choose, contender, keeps_up, rivals, tied
-from ..policy.compare import near, speedup
-from ..request import Request, Watch
-from ..trial.inputs import lengths_between
+from ..config import Configuration, Record
+from ..policy.choice import best_group, choose, contender, keeps_up, rivals, tied, unfinished
+from ..policy.compare import near
 from ..trial.trials import Trials
-from .study import Search
+from .boundaries import changes
+from .schedule import CARE_OVER_LOOK, measured_alike, seconds_for
+from .search import Search, also, complete
+from .watch import Watch
 
 FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
 FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with contender and rivals takes no more
 RIVALS = 3  # per context, the most that are measured again beside the chosen
-_CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
 
 
 def measure_finals(
@@ -87,7 +86,7 @@ def measure_finals(
                     if search.now() >= end:
                         break
                     watch.phase(f"measuring what may be as fast, {turn + 1} of {FINAL_ROUNDS}")
-                    if _known(search, rival, context) is None:  # a look first: most are not worth more
+                    if measured_alike(search, rival, context) is None:  # a look first: most are not worth more
                         look = search.measured(rival, context)
                         if look.outcome != "ok" or ours.outcome != "ok" or not near([look], [ours], objective):
                             continue
@@ -139,7 +138,7 @@ def _rivals(
                 found[name] = {context: [] for context in side}
             for context, leader in side.items():
                 for offer in list(offers[name][context]):
-                    looks = 1 + (_known(search, offer, context) is None)
+                    looks = 1 + (measured_alike(search, offer, context) is None)
                     takes = looks * seconds_for(search, [(leader, context)])
                     if spent + takes <= room[rank]:
                         found[name][context].append(offer)
@@ -156,7 +155,7 @@ def _learnt(search: Search, leader: Configuration, across: Configuration | None,
     a model.
     """
     found = []
-    ours, theirs = (_known(search, c, context) if c is not None else None for c in (leader, across))
+    ours, theirs = (measured_alike(search, c, context) if c is not None else None for c in (leader, across))
     behind = ours and theirs and not near([theirs], [ours], search.workload.objective)
     if across is not None and not behind:
         knobs = ["cache", "prefill_chunk", "launch"]
@@ -182,13 +181,13 @@ def _untried(
 def _new(search: Search, offered: Iterable[Configuration], leader: Configuration, context: int) -> list[Configuration]:
     """What of it was not measured here, can fit and is in the space."""
     legal = [c for c in dict.fromkeys(offered) if c != leader and search.space.parameters(c) is not None]
-    return [c for c in legal if _known(search, c, context) is None and not search.hopeless(c, context)]
+    return [c for c in legal if measured_alike(search, c, context) is None and not search.hopeless(c, context)]
 
 
-def reserve(search: Search, request: Request, reference_s: float) -> float:
+def reserve(search: Search, reloads: bool, timeout_s: float, reference_s: float) -> float:
     """Seconds that the finalists, a contender, baselines that wait and a look for each boundary will take.
 
-    At most two fifths of the run.
+    At most two fifths of the run, which takes `timeout_s`.
     """
     stock, ours, lacking = 0.0, 0.0, 0
     for context in search.workload.contexts:
@@ -200,68 +199,52 @@ def reserve(search: Search, request: Request, reference_s: float) -> float:
         lacking += not sides[0]
     longest = max((r.measure_s or 0 for r in search.known.values()), default=0.0)
     load = max((r.load_s or 0 for r in search.known.values()), default=0) + 6
-    chosen = choose(list(search.known.values()), search.workload, request.reloads)
+    chosen = choose(list(search.known.values()), search.workload, reloads)
     loads = 1 + max(1, len({configuration.load_group for configuration in chosen.values()}))
-    turn = _CARE_OVER_LOOK * (stock + ours) + loads * load
-    rival = _CARE_OVER_LOOK * ours
-    other = {} if request.reloads else contender(list(search.known.values()), search.workload, chosen)
+    turn = CARE_OVER_LOOK * (stock + ours) + loads * load
+    rival = CARE_OVER_LOOK * ours
+    other = {} if reloads else contender(list(search.known.values()), search.workload, chosen)
     if other:
         turn += seconds_for(search, [(c, context) for context, c in other.items()]) + load
-    finals = max(turn + rival, min(FINAL_ROUNDS * (turn + RIVALS * rival), FINAL_SHARE * request.timeout_s))
+    finals = max(turn + rival, min(FINAL_ROUNDS * (turn + RIVALS * rival), FINAL_SHARE * timeout_s))
     finals += lacking * (1 + FINAL_ROUNDS) * longest + bool(lacking) * load
     looks = [
         seconds_for(search, [(chosen[low], high), (chosen[high], high), (chosen[low], high)], load=True)
         for low, high in changes(chosen, search.workload)
     ]
     finals += longest  # the search's last look may begin right before its end
-    return min(request.timeout_s * 0.4, finals + sum(looks) + (reference_s if looks else 0))
+    return min(timeout_s * 0.4, finals + sum(looks) + (reference_s if looks else 0))
 
 
-def changes(chosen: dict[int, Configuration], workload: Workload) -> list[tuple[int, int]]:
-    """Neighbouring contexts whose choices differ, but not in what they load: both can be measured side by side.
-
-    Where the longer one's does the same at the shorter one, nothing changes between them.
-    """
-    pairs = [pair for pair in pairwise(sorted(workload.contexts)) if all(context in chosen for context in pair)]
-    return [
-        (low, high)
-        for low, high in pairs
-        if chosen[low].at(low) != chosen[high].at(low) and chosen[low].load_group == chosen[high].load_group
-    ]
+_UNSURE = 0.3  # and then is not measured
 
 
-def bisect(search: Search, lower: tuple[int, Configuration], upper: tuple[int, Configuration], until: float) -> int:
-    """The longest length at which the lower context's choice was at least as fast as the upper's, within error."""
-    (low, ours), (high, theirs) = lower, upper
-    lengths = [low, *lengths_between(low, high)]
-    left, right = 0, len(lengths)
-    while right - left > 1:
-        middle = (left + right) // 2
-        length = lengths[middle]
-        if search.now() + seconds_for(search, [(ours, high), (theirs, high)]) > until:
-            break
-        if search.fits(ours, length):
-            right = middle
-            continue
-        first, second = (search.measured(configuration, length, "boundary") for configuration in (ours, theirs))
-        sound = [record.outcome == "ok" for record in (first, second)]
-        one_sided = (math.inf,) * 3 if sound[0] else (0.0,) * 3
-        _, least, most = speedup([first], [second], search.workload.objective) if all(sound) else one_sided
-        left, right = (left, middle) if most < 1 else (middle, right)
-        if least <= 1 <= most:
-            break
-    return lengths[left]
+def finalists(
+    search: Search, candidates: list[Configuration], reloads: bool, completing_s: float
+) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
+    """The chosen configurations, every context of the best load group and of a near one measured, and the baselines."""
+    group = best_group(search.known.values(), search.workload)
+    if group is not None:
+        search.deadline += completing_s
+        complete(search, group)
+        known, workload = list(search.known.values()), search.workload
+        if not reloads and not contender(known, workload, choose(known, workload)):
+            near_it = unfinished(known, workload, group)
+            if near_it is not None:
+                complete(search, near_it)
+    if search.now() < search.deadline:
+        search.baseline(candidates, sure=_UNSURE)
+    chosen, baselines = choice_by_search(search, candidates, reloads)
+    if not reloads and len({baseline.load_group for baseline in baselines.values()}) > 1:
+        for context in chosen:  # without reloads only what fits at the longest can be kept as a baseline
+            also(search, baselines[max(baselines)], context)
+        return choice_by_search(search, candidates, reloads)
+    return chosen, baselines
 
 
-def _known(search: Search, configuration: Configuration, context: int) -> Record | None:
-    """What the search measured of the same thing."""
-    same = (r for (c, at), r in search.known.items() if at == context and c.at(at) == configuration.at(at))
-    return next(same, None)
-
-
-def seconds_for(search: Search, pairs: list[tuple[Configuration, int]], load: bool = False) -> float:
-    """What measuring these took, or what measuring anything took at most; with the load."""
-    known = [_known(search, *pair) for pair in pairs]
-    longest = max((r.measure_s or 0 for r in search.known.values()), default=0.0)
-    seconds = sum((r.measure_s or 0) if r is not None else longest for r in known)
-    return _CARE_OVER_LOOK * seconds + (max((r.load_s or 0 for r in known if r is not None), default=0.0) + 6) * load
+def choice_by_search(
+    search: Search, candidates: list[Configuration], reloads: bool
+) -> tuple[dict[int, Configuration], dict[int, Configuration]]:
+    stock = {context: search.baseline_of(context, candidates) for context in search.workload.contexts}
+    baselines = {context: record.configuration for context, record in stock.items() if record is not None}
+    return choose(list(search.known.values()), search.workload, reloads), baselines

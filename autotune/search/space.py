@@ -314,3 +314,15 @@ def _impossible(
     if cpu and (knob, word) in {("launch", "graph"), ("launch", "compile"), ("attention", "split_kv")}:
         return "it needs an NVIDIA GPU"
     return ""
+
+
+def stock_configurations(full_precision: str, space: Space) -> list[Configuration]:
+    """What a user would run without tuning: unquantized, else nf4, else nf4 with the head in nf4; stock otherwise."""
+    words = [full_precision, "bnb-nf4"]
+    if "checkpoint" in space.choices["weights"]:
+        words = ["checkpoint"]
+    lost = any((knob, word) == ("attention", "sdpa") for knob, word, _ in space.dropped)
+    attention = "eager" if lost else "sdpa"  # as transformers itself goes on where a model has no sdpa
+    lm_head = full_precision if words[0] == full_precision else Configuration.lm_head
+    stock = [Configuration(weights=word, lm_head=lm_head, attention=attention) for word in words]
+    return [*stock, stock[-1].replace(lm_head="nf4")] if len(stock) > 1 else stock

@@ -109,7 +109,7 @@ def prepare_inputs(
         model=str(model),
         text=str(text),
         prompts=workload.prompts,
-        contexts=_lengths(workload.contexts),
+        contexts=measured_lengths(workload.contexts),
         windows=_WINDOWS[shape.vocab_size > 32768],
         path=inputs.tokens,
     )
@@ -144,6 +144,6 @@ def lengths_between(low: int, high: int) -> list[int]:
     return [low + (high - low) * part // _PARTS for part in range(1, _PARTS)] if high - low >= _PARTS else []
 
 
-def _lengths(contexts: Iterable[int]) -> list[int]:
+def measured_lengths(contexts: Iterable[int]) -> list[int]:
     """The contexts and every length between them at which a boundary may be looked for."""
     return sorted({*contexts, *(length for pair in pairwise(sorted(contexts)) for length in lengths_between(*pair))})

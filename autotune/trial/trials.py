@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MIB, Budget, Configuration, LoadGroup, Outcome, Record, Workload, mib
-from .inputs import Inputs
+from .inputs import Inputs, score_reference
 from .process import Phase, WorkerFailed, WorkerProcess
 
 LOAD_S = 900.0
@@ -84,6 +84,19 @@ class Trials:
     def uncapped(self) -> WorkerProcess:
         """A worker that the budget does not bind: for the probe, the inputs and the reference."""
         return self._start(None)
+
+    def score(self, lengths: list[int], weights: str, facts: dict[str, Any]) -> dict[int, str]:
+        """Score the reference at further lengths too; returns the file of each. Raises WorkerFailed."""
+        assert self.inputs is not None
+        paths = {length: str(self.folder / f"reference-{length}.npy") for length in lengths}
+        self.close()
+        worker = self.uncapped()
+        try:
+            score_reference(worker, Path(self.model), weights, Inputs(self.inputs.tokens, paths), facts)
+        finally:
+            worker.kill()
+        self.inputs.references.update(paths)
+        return paths
 
     def measure(
         self,

@@ -162,24 +162,24 @@ def test_the_search_begins_with_what_was_fastest_before(tmp_path: Path, times: f
 def test_a_measurement_outweighs_what_an_earlier_run_says(tmp_path: Path) -> None:
     wrong = Earlier(Path("one"), True, 100, (synthetic_record(STATIC, 64, (900.0,) * 3), synthetic_record(BEST, 64)))
     search = search_in(tmp_path, MIXED, Fake(), earlier=(wrong,))
-    outlook = search._outlook
-    at = outlook.pool.index[STATIC, 64]
-    before = outlook.rate.mean[at] - outlook.rate.mean[outlook.pool.index[BEST, 64]]
+    pairs = search._pairs
+    at = pairs.pool.index[STATIC, 64]
+    before = pairs.rate.mean[at] - pairs.rate.mean[pairs.pool.index[BEST, 64]]
     for configuration in (STATIC, BEST):
         search.measured(configuration, 64)
-    outlook._learn()
-    after = outlook.rate.mean[at] - outlook.rate.mean[outlook.pool.index[BEST, 64]]
+    pairs.learn()
+    after = pairs.rate.mean[at] - pairs.rate.mean[pairs.pool.index[BEST, 64]]
     assert before > 1.5
-    assert after < 0 < outlook.rate.deviation[at] < 0.05
+    assert after < 0 < pairs.rate.deviation[at] < 0.05
     assert {pair[0] for pair in search.known} == {STATIC, BEST}  # nothing of it is taken for measured here
 
 
 @pytest.mark.usefixtures("in_memory")
 def test_runs_that_differ_by_a_factor_are_one_after_the_other_brought_together(tmp_path: Path) -> None:
     runs = (earlier_of(KNOWN), earlier_of([*KNOWN, STATIC], times=3.0, same=False))
-    beliefs = [search_in(tmp_path, MIXED, Fake(), earlier=some)._outlook for some in (runs[:1], runs)]
+    beliefs = [search_in(tmp_path, MIXED, Fake(), earlier=some)._pairs for some in (runs[:1], runs)]
     for configuration in KNOWN:
-        means = [outlook.rate.mean[outlook.pool.index[configuration, 64]] for outlook in beliefs]
+        means = [pairs.rate.mean[pairs.pool.index[configuration, 64]] for pairs in beliefs]
         assert means[1] == pytest.approx(means[0], abs=0.05)
 
 
@@ -189,7 +189,7 @@ def test_peaks_of_the_same_model_correct_what_is_predicted(tmp_path: Path) -> No
     chances = []
     for runs in ((), (Earlier(Path("a"), False, 100, (record,)),), (Earlier(Path("a"), True, 100, (record,)),)):
         search = search_in(tmp_path, MIXED, Fake(), earlier=runs, predicted=lambda c, context: 970 * MIB)
-        chances.append(search._outlook.chance(STATIC, 64))
+        chances.append(search._pairs.chance(STATIC, 64))
     assert chances[0] == pytest.approx(chances[1])
     assert chances[2] > chances[0] + 0.1
 
@@ -198,7 +198,7 @@ def test_peaks_of_the_same_model_correct_what_is_predicted(tmp_path: Path) -> No
 def test_contexts_far_from_all_of_this_run_are_left_out(tmp_path: Path) -> None:
     far = Earlier(Path("one"), True, 100, tuple(synthetic_record(BEST, context) for context in (16, 4096)))
     assert set(CONTEXTS) == {64, 256}
-    cold, warm = (search_in(tmp_path, MIXED, Fake(), earlier=runs)._outlook for runs in ((), (far,)))
+    cold, warm = (search_in(tmp_path, MIXED, Fake(), earlier=runs)._pairs for runs in ((), (far,)))
     assert warm.rate.mean[warm.pool.index[BEST, 64]] == cold.rate.mean[cold.pool.index[BEST, 64]]
 
 
@@ -206,8 +206,8 @@ def test_contexts_far_from_all_of_this_run_are_left_out(tmp_path: Path) -> None:
 def test_one_measurement_moves_all_that_an_earlier_run_on_a_slower_machine_said(tmp_path: Path) -> None:
     search = search_in(tmp_path, MIXED, Fake(), earlier=(earlier_of(KNOWN, times=0.5),))
     search.measured(KNOWN[1], 64)
-    outlook = search._outlook
-    outlook._learn()
+    pairs = search._pairs
+    pairs.learn()
     for configuration in KNOWN:
-        expected = outlook.rate.mean[outlook.pool.index[configuration, 64]]
+        expected = pairs.rate.mean[pairs.pool.index[configuration, 64]]
         assert expected == pytest.approx(math.log(rate(configuration, 64)), abs=0.12)

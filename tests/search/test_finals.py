@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -12,8 +11,9 @@ from autotune.config import Budget, Configuration, Record, Workload
 from autotune.policy.choice import settle
 from autotune.results import read_records
 from autotune.search.finals import _learnt, _rivals, measure_finals, reserve
+from autotune.search.search import Search
 from autotune.search.space import Space
-from autotune.search.study import Search, Studies
+from autotune.search.study import Studies
 from tests.conftest import Notes, synthetic_record
 
 LEADER = Configuration(weights="bnb-nf4", cache="static", prefill_chunk=256)
@@ -70,7 +70,16 @@ class Finals:
         space = Space({**words, "cache": caches, "prefill_chunk": (0, 256)})
         studies = Studies(self.url, "run", {}, contexts, 0)
         workload = Workload(contexts=contexts)
-        self.search = Search(space, workload, Budget(10**9), studies, measure, fits, 0.0, now=lambda: self.now)
+        self.search = Search(
+            space=space,
+            workload=workload,
+            budget=Budget(10**9),
+            studies=studies,
+            measure=measure,
+            fits=fits,
+            deadline=0.0,
+            now=lambda: self.now,
+        )
         for context in contexts:
             for configuration in known:
                 self.search.measured(configuration, context, "baseline" if configuration == stock else "search")
@@ -336,8 +345,7 @@ def test_the_search_leaves_the_finals_time_for_a_contender(
     tmp_path: Path, timeout_s: float, reloads: bool, expected: float
 ) -> None:
     finals = Finals(tmp_path, 0.0, known=(LEADER, STOCK, CONTENDER))
-    request: Any = SimpleNamespace(timeout_s=timeout_s, reloads=reloads)
-    assert reserve(finals.search, request, 5.0) == pytest.approx(min(expected + 10 / 1.1, 0.4 * timeout_s))
+    assert reserve(finals.search, reloads, timeout_s, 5.0) == pytest.approx(min(expected + 10 / 1.1, 0.4 * timeout_s))
 
 
 @pytest.mark.parametrize(
@@ -352,5 +360,4 @@ def test_the_search_leaves_the_finals_their_time_and_its_own_last_look(
     tmp_path: Path, timeout_s: float, expected: float
 ) -> None:
     finals = Finals(tmp_path, 0.0, known=(LEADER, STOCK))
-    request: Any = SimpleNamespace(timeout_s=timeout_s, reloads=False)
-    assert reserve(finals.search, request, 5.0) == pytest.approx(min(expected + 10 / 1.1, 0.4 * timeout_s))
+    assert reserve(finals.search, False, timeout_s, 5.0) == pytest.approx(min(expected + 10 / 1.1, 0.4 * timeout_s))

@@ -15,12 +15,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from autotune import run
 from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workload
 from autotune.policy.choice import best_group, best_in_group
 from autotune.results import RECORD, RunError, open_storage, read_records
-from autotune.search.space import Space, read_space
-from autotune.search.study import Search, Studies, also, complete, importances
+from autotune.search.search import Search, also, complete
+from autotune.search.space import Space, read_space, stock_configurations
+from autotune.search.study import Studies, importances
 from tests.conftest import synthetic_record
 
 CONTEXTS = (64, 256)
@@ -95,7 +95,15 @@ def search_in(
     known = {(record.configuration, record.context_tokens): record for record in stored}
     settings = {"fits": lambda configuration, context: "", "deadline": time.monotonic() + 300} | options
     workload = Workload(contexts=contexts)
-    return Search(space, workload, BUDGET, studies_in(folder, contexts=contexts), measure, known=known, **settings)
+    return Search(
+        space=space,
+        workload=workload,
+        budget=BUDGET,
+        studies=studies_in(folder, contexts=contexts),
+        measure=measure,
+        known=known,
+        **settings,
+    )
 
 
 def trials_of(folder: Path, context: int) -> list[optuna.trial.FrozenTrial]:
@@ -110,7 +118,7 @@ def trials_in(search: Search, context: int) -> list[optuna.trial.FrozenTrial]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that moves only when it is told to."""
     now = SimpleNamespace(s=0.0)
-    monkeypatch.setattr("autotune.search.study.time", SimpleNamespace(monotonic=lambda: now.s))
+    monkeypatch.setattr("autotune.search.search.time", SimpleNamespace(monotonic=lambda: now.s))
     return now
 
 
@@ -475,7 +483,7 @@ def test_the_baselines_are_in_the_space_of_every_machine(full_precision: str) ->
     space = read_space("default").restrict(
         device="cpu", full_precision=full_precision, drafts=[], sliding=False, quantized=False, failed={}
     )
-    stock = run._stock(full_precision, space)
+    stock = stock_configurations(full_precision, space)
     assert [c.weights for c in stock] == [full_precision, "bnb-nf4", "bnb-nf4"]
     assert all(space.parameters(c) is not None for c in stock)
 
@@ -484,16 +492,16 @@ def test_the_baseline_of_a_quantized_checkpoint_is_the_checkpoint() -> None:
     space = read_space("default").restrict(
         device="cpu", full_precision="fp32", drafts=[], sliding=False, quantized=True, failed={}
     )
-    (stock,) = run._stock("fp32", space)
+    (stock,) = stock_configurations("fp32", space)
     assert stock.weights == "checkpoint"
     assert space.parameters(stock) is not None
 
 
 def test_the_baseline_is_stock_whatever_the_space_holds() -> None:
     space = Space({**SMALL.choices, "attention": ("split_kv",)})
-    assert {c.attention for c in run._stock("bf16", space)} == {"sdpa"}
+    assert {c.attention for c in stock_configurations("bf16", space)} == {"sdpa"}
     lost = Space({**SMALL.choices, "attention": ("eager",)}, dropped=(("attention", "sdpa", "the model has none"),))
-    assert {c.attention for c in run._stock("bf16", lost)} == {"eager"}
+    assert {c.attention for c in stock_configurations("bf16", lost)} == {"eager"}
 
 
 def test_the_search_begins_with_what_needs_no_load_after_the_baseline(tmp_path: Path) -> None:
@@ -635,9 +643,9 @@ def test_running_out_of_memory_makes_its_neighbours_less_likely_to_fit(tmp_path:
     fake = Fake(lambda c, context: "out_of_memory")
     search = search_in(tmp_path, space, fake, contexts=(64,), predicted=lambda c, context: BUDGET.bytes)
     near, far = Configuration(launch="graph"), Configuration(weights="bnb-nf4", cache="static", launch="graph")
-    before = search._outlook.chance(near, 64)
+    before = search._pairs.chance(near, 64)
     search.measured(Configuration(), 64)
-    after = [search._outlook.chance(configuration, 64) for configuration in (Configuration(), near, far)]
+    after = [search._pairs.chance(configuration, 64) for configuration in (Configuration(), near, far)]
     assert before == pytest.approx(0.5)
     assert after[0] < after[1] < after[2] < before
 
@@ -646,9 +654,9 @@ def test_running_out_of_memory_makes_its_neighbours_less_likely_to_fit(tmp_path:
 def test_a_peak_that_was_measured_corrects_what_is_predicted(tmp_path: Path) -> None:
     fake = Fake(peak=int(BUDGET.bytes * 0.9))
     search = search_in(tmp_path, SMALL, fake, contexts=(64,), predicted=lambda c, context: int(BUDGET.bytes * 0.95))
-    before = search._outlook.chance(Configuration(cache="static"), 64)
+    before = search._pairs.chance(Configuration(cache="static"), 64)
     search.measured(Configuration(), 64)
-    assert search._outlook.chance(Configuration(cache="static"), 64) > before + 0.05
+    assert search._pairs.chance(Configuration(cache="static"), 64) > before + 0.05
 
 
 def large(c: Configuration) -> bool:
@@ -700,7 +708,7 @@ def test_the_gain_that_is_open_is_a_share_of_what_was_gained_over_the_baseline(t
         search.known[second, 64] = synthetic_record(second, 64, (36.0,) * 3)
         search._next()
         outlook = search._outlook
-        more = max(outlook.worth[~outlook.out])
+        more = max(outlook.worth[~outlook.pairs.out])
         shares.append(search.open)
         assert search.open == pytest.approx(more / (more + math.log(36 * slower / 30)))
     assert shares[1] < shares[0]
@@ -748,20 +756,20 @@ def test_a_load_group_is_measured_where_a_look_is_dear_too_before_others_are_beg
 def test_a_space_that_is_too_large_to_weigh_whole_is_searched_from_its_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autotune.search.outlook._POOL", 50)
-    monkeypatch.setattr("autotune.search.outlook._DRAWN", 20)
+    monkeypatch.setattr("autotune.search.pairs._POOL", 50)
+    monkeypatch.setattr("autotune.search.pairs._DRAWN", 20)
     measure = Fake(load_s=4.0)
     search = search_in(tmp_path, MIXED, measure, max_trials=60)
     search.run()
     best = max(rate(c, 64) for c in MIXED.configurations())
     assert max(rate(c, 64) for c, context in measure.calls if context == 64) >= 0.95 * best
-    assert len(search._outlook.pool.pairs) < 2 * 210
+    assert len(search._pairs.pool.pairs) < 2 * 210
 
 
 @pytest.mark.usefixtures("in_memory")
 def test_a_large_space_is_measured_whole_where_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autotune.search.outlook._POOL", 2)
-    monkeypatch.setattr("autotune.search.outlook._DRAWN", 40)
+    monkeypatch.setattr("autotune.search.pairs._POOL", 2)
+    monkeypatch.setattr("autotune.search.pairs._DRAWN", 40)
     measure = Fake()
     search_in(tmp_path, SMALL, measure).run()
     assert len(set(measure.calls)) == len(measure.calls) == 16
