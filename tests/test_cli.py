@@ -16,9 +16,10 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from autotune.cli import EXAMPLES, _request, main
+from autotune.cli import EXAMPLES, main
 from autotune.config import Workload
 from autotune.demo import DRAFT, TARGET
+from autotune.options import request_of
 
 COMMANDS = [[], *([name] for name in EXAMPLES)]
 SHOWS_TORCH = "import sys; from autotune.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
@@ -136,7 +137,7 @@ def test_a_mix_of_other_lengths_than_the_contexts_is_refused(run: Run) -> None:
 def test_the_contexts_and_their_shares_come_of_the_mix() -> None:
     def workload(*words: str) -> Workload:
         options = main.commands["plan"].make_context("plan", ["--budget", "2GB", "--device", "cpu", *words]).params
-        return _request({key: value for key, value in options.items() if key not in ("as_json", "by_layer")}).workload
+        return request_of({key: value for key, value in options.items() if key not in ("as_json", "by_layer")}).workload
 
     mixed = workload("--mix", "4k:1,512:3")
     assert (mixed.contexts, mixed.mix) == ((512, 4096), (0.75, 0.25))
@@ -300,7 +301,7 @@ def test_a_task_and_its_limit_reach_the_workload(tmp_path: Path) -> None:
     path.write_text('{"question": "a", "answer": "b"}\n')
     words = ["--budget", "2GB", "--device", "cpu", "--task", str(path), "--max-task-loss", "2%"]
     options = main.commands["run"].make_context("run", words).params
-    assert (_request(options).workload.task, _request(options).workload.max_task_loss) == (str(path), 0.02)
+    assert (request_of(options).workload.task, request_of(options).workload.max_task_loss) == (str(path), 0.02)
 
 
 # Where it is written --------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class OutOfMemory(PolicyError):
 
 
 @dataclass(frozen=True)
-class Request:
+class Served:
     """What one request did: the rule that it ran under, and what it took.
 
     `cached_tokens` of the prompt were in the cache from the request before. `finish_reason` is `stop` (a stop token or
@@ -140,9 +140,9 @@ class Stream(Iterator[str]):
     Who stops reading must `close` it; so does garbage collection.
     """
 
-    request: Request | None = None
+    request: Served | None = None
 
-    def __init__(self, text: _Text, running: Future[Request], unserved: Request):
+    def __init__(self, text: _Text, running: Future[Served], unserved: Served):
         self._text, self._running, self._unserved, self._over = text, running, unserved, False
 
     def __next__(self) -> str:
@@ -180,7 +180,7 @@ class Stream(Iterator[str]):
 class LLM:
     """A model under its policy, for any number of threads: one request runs at a time, and callers queue."""
 
-    last: Request  # the newest that has ended
+    last: Served  # the newest that has ended
     _engine: Engine
 
     def __init__(self, policy: Policy, device: str):
@@ -252,7 +252,7 @@ class LLM:
             raise PolicyError("stop must be a list of strings, none of them empty")
         text = _Text(self.tokenizer, tuple(stop))
         running = self._decoding.submit(self._run, text, tokens, rule, asked, Sampling(temperature, seed))
-        return Stream(text, running, Request(rule, len(tokens), Generation([], 0.0), 0, 0, "closed"))
+        return Stream(text, running, Served(rule, len(tokens), Generation([], 0.0), 0, 0, "closed"))
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -270,7 +270,7 @@ class LLM:
     def _longest_text(self) -> int:
         return int(self.policy.workload["new_tokens"])
 
-    def _run(self, text: _Text, tokens: list[int], rule: Rule, new_tokens: int, sampling: Sampling) -> Request:
+    def _run(self, text: _Text, tokens: list[int], rule: Rule, new_tokens: int, sampling: Sampling) -> Served:
         try:
             self._meter.begin()
             generation = self._generate(text, tokens, rule, new_tokens, sampling)
@@ -281,7 +281,7 @@ class LLM:
                 reason = "stop"
             elif len(generation.tokens) == new_tokens:
                 reason = "length"
-            self.last = Request(rule, len(tokens), generation, peak, generation.cached_tokens, reason)
+            self.last = Served(rule, len(tokens), generation, peak, generation.cached_tokens, reason)
             return self.last
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # its caller may keep it: it must not keep tensors

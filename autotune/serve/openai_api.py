@@ -18,8 +18,7 @@ from ..policy.policy import PolicyError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .deploy import LLM, Stream
-    from .deploy import Request as Served
+    from .deploy import LLM, Served, Stream
 
 # Parameters of the API that the engine does not have, and the values of them that ask for nothing.
 _HARMLESS: dict[str, tuple[Any, ...]] = {

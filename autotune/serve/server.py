@@ -33,8 +33,7 @@ from ..policy.policy import PolicyError
 from .openai_api import FAILED, APIError, ChatRequest, CompletionRequest, parse, prompt_tokens, usage
 
 if TYPE_CHECKING:
-    from .deploy import LLM, Stream
-    from .deploy import Request as Served
+    from .deploy import LLM, Served, Stream
 
 log = logging.getLogger("autotune.serve")
 

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from autotune.cli import _print_policy
 from autotune.config import MIB, Budget, Configuration, Record, Workload
 from autotune.model.fingerprint import fingerprint
 from autotune.policy.choice import best_group, choose
@@ -32,6 +31,7 @@ from autotune.policy.policy import (
     write_policy,
 )
 from autotune.policy.rules import expected_of, make_policy
+from autotune.report.policy_table import _print_policy
 from tests.conftest import synthetic_record
 
 BUDGET = Budget(1000 * MIB)
