@@ -27,7 +27,8 @@ import torch
 
 from autotune.config import Configuration, LoadGroup, parse_tokens
 from autotune.engine.decode import Engine
-from autotune.engine.load import Unsupported, register_split_kv
+from autotune.engine.load import register_split_kv
+from autotune.engine.support import Unsupported
 
 Row = dict[str, Any]
 _BEGAN = time.perf_counter()

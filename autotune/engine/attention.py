@@ -30,7 +30,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..model.activations import COPIED, COPIED_BY_QUERIES
 from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers
-from .load import Unsupported
+from .support import Unsupported
 
 WORD = "split_kv"
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU

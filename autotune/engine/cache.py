@@ -23,7 +23,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .load import Unsupported
+from .support import Unsupported
 
 GROUP = 64  # tokens that share a scale, per key channel
 WINDOW = 32  # newest tokens that always stay in full precision; the deepest rollback

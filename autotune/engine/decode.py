@@ -21,8 +21,9 @@ from ..config import HEAD_WEIGHTS, Configuration, LoadGroup, draft_head
 from .cache import stored_bytes
 from .depth import PROBE, AdaptiveDepth
 from .graph import Recordings
-from .load import Progress, Unsupported, load_model
+from .load import Progress, load_model
 from .runner import Runner
+from .support import Unsupported
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

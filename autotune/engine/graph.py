@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from ..config import Configuration, LoadGroup
 from .cache import WINDOW, Lengths, advance, layers, lengths_on_device, restart, room, stored_tokens
 from .fusion import Fusion
-from .load import Unsupported
 from .runner import Runner
+from .support import Unsupported
 
 DEVICES = ("cuda",)  # where steps can be recorded; the tests add "cpu", where a replay just runs the step
 ATTENTIONS = ("eager", "sdpa", "split_kv")  # those that can mask, or know, what a fixed cache does not hold

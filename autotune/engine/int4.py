@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear import INT4_GROUP
+from .support import INT4_GROUP
 
 ROWS = 16  # tokens that one program multiplies at most
 _NARROW = 32  # the fewest outputs of a program

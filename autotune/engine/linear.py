@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from ..model.activations import UNPACKED
+from .support import INT4_GROUP
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-INT4_GROUP = 128  # weights along the input that share a scale, as quanto has it
 MANY = 128  # tokens from which unpacking the weights is worth its time
 TILE = 128  # outputs that a product's kernel computes together: a narrower rest is slow
 

@@ -19,26 +19,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..config import HEAD_WEIGHTS
+from ..model.activations import MERGED
 from ..model.stored import PARTS, Packing, UnreadablePacking, read_packing
 from .linear import Int4Linear, Merged, Slice, concatenated, fits_int4, siblings
+from .support import Unsupported, compute_dtype
 
 Progress = Callable[[str], None]
-
-
-class Unsupported(Exception):
-    """This model, machine or combination cannot run it; the message says which and why."""
-
-
-def full_precision(device: str) -> str:
-    """The word for unquantized weights here: bf16, or fp32 on a processor without bf16 arithmetic."""
-    if device != "cpu":
-        return "bf16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-
-
-def compute_dtype(weights: str, device: str) -> torch.dtype:
-    word = weights if weights in ("bf16", "fp32") else full_precision(device)
-    return torch.float32 if word == "fp32" else torch.bfloat16
 
 
 def load_model(
@@ -71,7 +57,7 @@ def load_model(
     output = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
-    groups = siblings(model) if (device != "cpu" if merge is None else merge) and weights in _MERGED else {}
+    groups = siblings(model) if (device != "cpu" if merge is None else merge) and weights in MERGED else {}
     groups = {name: group for name, group in groups.items() if len({tensors.packs(one) for one in group}) == 1}
     modules = list(model.named_modules())
     shared = tied and lm_head in ("bf16", "fp32") and embeddings == "device"
@@ -117,10 +103,6 @@ def load_model(
 
         use_grouped(model)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
-
-
-# those with products of their own for few tokens
-_MERGED = ("bf16", "fp32", "bnb-nf4", "bnb-fp4", "quanto-int4", "checkpoint")
 
 
 def _source(word: str, device: str) -> str:

@@ -1,4 +1,4 @@
-"""Layers that GPTQ or AWQ packed (../prequantized.py says how), read tensor by tensor and kept in 4 bits.
+"""Layers that GPTQ or AWQ packed (../model/stored.py says how), read tensor by tensor and kept in 4 bits.
 
 On a GPU the codes become the engine's own 4-bit layer where its groups allow that. Elsewhere `PackedLinear` keeps them
 as they are and expands some rows at a time for an ordinary product: as exact, and slower. Columns that GPTQ quantized
@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from ..model.stored import AWQ_ORDER, PARTS, Packing, UnreadablePacking
-from .linear import INT4_GROUP, Int4Linear, int4_multiplies
-from .load import Unsupported
+from .linear import Int4Linear, int4_multiplies
+from .support import INT4_GROUP, Unsupported
 
 EXPANDED = 2**22  # weights that are expanded at a time
 

@@ -34,7 +34,7 @@ from autotune.engine.cache import (
     settle,
     stored_bytes,
 )
-from autotune.engine.load import Unsupported
+from autotune.engine.support import Unsupported
 from tests.tiny_models import FAMILIES, tiny
 from tests.tiny_models import WINDOW as SLIDING_WINDOW
 
