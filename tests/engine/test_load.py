@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from autotune.engine import load, support
+from autotune.engine import support
 from autotune.engine.load import load_model, quantize_linear
 from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
@@ -228,7 +228,7 @@ def test_what_is_quantized_by_rows_is_never_whole_on_the_device(saved, monkeypat
         sources.append(str(linear.weight.device))
         return linear
 
-    monkeypatch.setattr(load, "quantize_linear", quantize)
+    monkeypatch.setattr("autotune.engine.load.model.quantize_linear", quantize)
     with pytest.raises(Unsupported, match="no tensor"):  # since what is on this device is not there
         load_model(saved["llama"], weights=weights, lm_head="int8", device="meta")
     assert sources[0] == "meta"  # the lm_head

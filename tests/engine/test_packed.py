@@ -22,7 +22,7 @@ from autotune.engine import packed, support
 from autotune.engine.decode import Engine
 from autotune.engine.linear import Slice
 from autotune.engine.load import load_model
-from autotune.engine.packed import PackedLinear, Reordered
+from autotune.engine.load.packed import PackedLinear, Reordered
 from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
 from autotune.model.calibration import DEFAULT, predict
