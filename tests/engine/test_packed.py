@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from autotune.cli import main
 from autotune.config import Configuration, LoadGroup
-from autotune.engine import packed, support
+from autotune.engine import support
 from autotune.engine.decode import Engine
 from autotune.engine.linear import Slice
-from autotune.engine.load import load_model
+from autotune.engine.load import load_model, packed
 from autotune.engine.load.packed import PackedLinear, Reordered
 from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
