@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import Configuration, LoadGroup
+from .attention import bind
 from .cache import WINDOW, Lengths, advance, layers, lengths_on_device, restart, room, stored_tokens
 from .fusion import Fusion
 from .runner import Runner
@@ -162,8 +163,6 @@ class StepRunner(Runner):
 
     def _bind(self, cache: Any) -> None:
         if self.attention == "split_kv":
-            from .attention import bind
-
             bind(self.model, cache)
 
     def start(self, sizes: tuple[int, ...], cached: int = 0) -> None:

@@ -1,6 +1,6 @@
 """Loading a model tensor by tensor: the door."""
 
-from .model import load_model, register_split_kv
+from .model import load_model
 from .quantize import quantize_linear
 
-__all__ = ["load_model", "quantize_linear", "register_split_kv"]
+__all__ = ["load_model", "quantize_linear"]

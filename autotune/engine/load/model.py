@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ...config import HEAD_WEIGHTS
 from ...model.activations import MERGED
 from ...model.stored import Packing, UnreadablePacking, read_packing
+from ..attention import register_split_kv
 from ..embedding import lock_pages
 from ..grouped import use_grouped
 from ..linear import Merged, Slice, concatenated, siblings
@@ -110,17 +111,6 @@ def _merge(model: nn.Module, names: tuple[str, ...], weights: str, device: str) 
     merged = Merged(whole, [linear.out_features for linear in linears])
     for index, name in enumerate(names):
         replace(model, name, Slice(merged, index))
-
-
-def register_split_kv(device: str) -> None:
-    """Raises Unsupported where Triton's kernels cannot run."""
-    if device == "cpu":
-        raise Unsupported("attention = split_kv needs a GPU")
-    try:
-        from ..attention import register
-    except ImportError as error:
-        raise Unsupported(f"attention = split_kv needs Triton: {error}") from error
-    register()
 
 
 def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
