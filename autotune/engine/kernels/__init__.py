@@ -8,9 +8,9 @@ from .slots import append, gather, store
 from .split_kv import OVERLAPS
 from .split_kv import _combine as combine
 from .split_kv import _part as part
-from .split_kv_int4 import ASSEMBLY as CODE_ASSEMBLY
 from .split_kv_int4 import _part_int4 as part_int4
-from .split_kv_int4 import _part_int4_long as part_int4_long
+from .split_kv_int4_long import ASSEMBLY as CODE_ASSEMBLY
+from .split_kv_int4_long import _part_int4_long as part_int4_long
 
 __all__ = [
     "CODE_ASSEMBLY",
