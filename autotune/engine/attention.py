@@ -28,13 +28,17 @@ from ..model.activations import COPIED, COPIED_BY_QUERIES
 from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers
 from .support import Unsupported
 
-WORD = "split_kv"
-PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-LONG = 8192  # slots of a 4-bit cache beyond which each warp gets blocks of its own, and a multiprocessor one program
-LONG_PROGRAMS, ROWS, WARPS, STAGES = 128, 16, 4, 3  # for every 16 query rows; warps of a program, and its pipeline
-OVERLAP = True  # the combining kernel is launched before the kernel before it has ended, and waits on the device
+WORD = "split_kv"  # the knob's word, and transformers'
+# Measured on an H200 by benchmarks/attention_speed.py (benchmarks/LOG.md, "Attention over the 4-bit cache" and "Tried
+# and lost"); other GPUs were not asked.
+PROGRAMS = 256  # of a launch: about two for each multiprocessor; 128 and 512 lost on 4 bits
+LONG = 8192  # slots of a 4-bit cache beyond which each warp gets blocks of its own: it won at 16k and lost at 2k and 4k
+LONG_PROGRAMS = 128  # of a launch then, for every ROWS query rows: one a multiprocessor; 64 and 256 lost
+ROWS, WARPS, STAGES = 16, 4, 3  # query rows, warps and pipeline stages of such a program; 32, 2 and 8, 2 and 4 lost
+OVERLAP = True  # the combining kernel is launched before the reading one has ended: 360 tokens/s at 16k, 357 without
+
 LOG2_E = 1.4426950408889634  # the kernels take powers of 2 where softmax takes those of e
-FULL, FLOAT8 = 0, 16  # the kernel's words for a layer's storage; the others are bits per stored value
+FULL, FLOAT8 = 0, 16  # the kernels' words for a layer's storage; the others are bits per stored value
 
 
 def register_split_kv(device: str) -> None:

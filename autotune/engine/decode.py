@@ -27,7 +27,7 @@ from .support import Unsupported
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-NGRAM = 3  # longest suffix that prompt lookup searches for
+NGRAM = 3  # tokens of the longest suffix that prompt lookup searches for; chosen, not measured
 
 
 @dataclass

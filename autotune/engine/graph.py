@@ -28,9 +28,9 @@ from .fusion import Fusion
 from .runner import Runner
 from .support import Unsupported
 
-DEVICES = ("cuda",)  # where steps can be recorded; the tests add "cpu", where a replay just runs the step
+DEVICES = ("cuda",)  # where steps can be recorded; the tests say "cpu", where a replay just runs the step
 ATTENTIONS = ("eager", "sdpa", "split_kv")  # those that can mask, or know, what a fixed cache does not hold
-LONGEST = WINDOW  # tokens of the longest step that is recorded
+LONGEST = WINDOW  # tokens of the longest step that is recorded: no deeper one can be rolled back
 
 
 class CaptureFailed(Unsupported):

@@ -16,9 +16,9 @@ import torch
 
 from .support import INT4_GROUP
 
-ROWS = 16  # tokens that one program multiplies at most
-_NARROW = 32  # the fewest outputs of a program
-_MOST = 128  # tokens of one call
+ROWS = 16  # tokens that one program multiplies at most: chosen, not measured; up to 8 it multiplies 8
+_NARROW = 32  # the fewest outputs of a program, as `_tiles` has them
+_MOST = 128  # tokens of one call: from there on weights are unpacked (linear.MANY)
 
 
 def plane(columns: int) -> int:
@@ -133,7 +133,10 @@ def multiply(
 
 
 def _tiles(width: int, blocks: int, tokens: int) -> tuple[int, int, int, int]:
-    """A program's outputs, the programs that share the inputs, warps and stages: what was fastest on an H200."""
+    """A program's outputs, the programs that share the inputs, warps and stages.
+
+    A rule for what was fastest on an H200, shape by shape (benchmarks/recorded/int4-speed-h200.txt and a second run).
+    """
     if width >= 256 * 64:
         return 64, 1, 2, 3
     outputs, warps, stages, programs = (32, 1, 4, 384) if tokens > 8 else (64, 4, 3, 256)

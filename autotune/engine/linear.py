@@ -18,9 +18,12 @@ from ..model.activations import UNPACKED
 from .int4 import counters, multiply, pack, plane, product, unpack
 from .support import INT4_GROUP
 
+# transformers' names, in the models that have them
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-MANY = 128  # tokens from which unpacking the weights is worth its time
-TILE = 128  # outputs that a product's kernel computes together: a narrower rest is slow
+# Tokens from which unpacking the weights is worth its time, on an H200 (benchmarks/LOG.md, "4-bit products"): gate and
+# up take 71 µs by the kernel and 162 unpacked at 64 tokens, 137 and 191 at 128. More the kernel does not take.
+MANY = 128
+TILE = 128  # outputs that cuBLAS computes together; that a narrower rest is slow was argued, not measured
 
 
 def siblings(model: nn.Module) -> dict[str, tuple[str, ...]]:

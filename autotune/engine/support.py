@@ -6,7 +6,7 @@ import torch
 
 from ..model.stored import QUANTO_GROUP
 
-INT4_GROUP = QUANTO_GROUP  # weights along the input that share a scale in the engine's own 4-bit layers
+INT4_GROUP = QUANTO_GROUP  # weights along the input that share a scale in our own 4-bit layers, as in quanto's
 
 
 class Unsupported(Exception):

@@ -20,7 +20,8 @@ from ..support import Unsupported
 from .layers import Lengths, StaticLayer
 from .quantized import Float8Layer, QuantizedLayer
 
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values only
+# transformers' words for layers that keep keys and values only
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from ..support import Unsupported
 from .layers import Preallocated
 
-GROUP = 64  # tokens that share a scale, per key channel
+# Both chosen, not measured beside others.
+GROUP = 64  # tokens that share a scale, per key channel; the most channels of a value that do
 WINDOW = 32  # newest tokens that always stay in full precision; the deepest rollback
 
 
