@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from autotune.config import Budget, Configuration, LoadGroup, Workload, parse_tokens
 from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.engine.decode import Engine
-from autotune.engine.load import full_precision
+from autotune.engine.support import full_precision
 from autotune.measure.quality import STEP
 from autotune.trial.inputs import Inputs
 from autotune.trial.trials import Trials

@@ -26,8 +26,9 @@ import click
 import torch
 
 from autotune.config import Configuration, LoadGroup, parse_tokens
+from autotune.engine.attention import register_split_kv
 from autotune.engine.decode import Engine
-from autotune.engine.load import Unsupported, register_split_kv
+from autotune.engine.support import Unsupported
 
 Row = dict[str, Any]
 _BEGAN = time.perf_counter()

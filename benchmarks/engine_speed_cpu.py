@@ -36,7 +36,7 @@ from autotune.config import Configuration, LoadGroup, parse_tokens
 from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.engine.decode import NGRAM, Engine
 from autotune.engine.grouped import use_grouped
-from autotune.engine.load import full_precision
+from autotune.engine.support import full_precision
 from autotune.measure.inputs import prepare, windows
 from autotune.policy.compare import t95
 

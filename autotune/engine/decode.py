@@ -21,12 +21,13 @@ from ..config import HEAD_WEIGHTS, Configuration, LoadGroup, draft_head
 from .cache import stored_bytes
 from .depth import PROBE, AdaptiveDepth
 from .graph import Recordings
-from .load import Progress, Unsupported, load_model
+from .load import load_model
 from .runner import Runner
+from .support import Unsupported
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-NGRAM = 3  # longest suffix that prompt lookup searches for
+NGRAM = 3  # tokens of the longest suffix that prompt lookup searches for; chosen, not measured
 
 
 @dataclass
@@ -89,7 +90,9 @@ class Engine:
         self._adaptive: dict[Configuration, AdaptiveDepth] = {}  # what was learnt serves the requests that follow
 
     @classmethod
-    def load(cls, folder: str, group: LoadGroup, device: str, progress: Progress = lambda phase: None) -> Engine:
+    def load(
+        cls, folder: str, group: LoadGroup, device: str, progress: Callable[[str], None] = lambda phase: None
+    ) -> Engine:
         """Read the load group's weights. Raises Unsupported; a CUDA or host allocation that fails passes through."""
         progress("loading the target")
         target = load_model(

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+# Chosen: together they came within 3 % of the best constant depth (benchmarks/LOG.md, "An adaptive depth"); no other
+# values are on record.
 MEMORY = 32  # judged tokens after which a verdict weighs 1 / e
 PRIOR = (1, 2)  # accepted of judged tokens, before there was any
 PROBE = 16  # steps without speculation, after which it is tried again
-PROBE_DEPTH = 2  # at most so deep: a probe takes little even where drafting is dear
+PROBE_DEPTH = 2  # tokens of a probe at most: it takes little even where drafting is dear
 TRIES = 3  # of every depth, before any is preferred; the first may record the step
 TIMES = 8  # of a depth are remembered, of which the shortest counts
 COST = 0.1  # of a drafted token, in steps, for depths that were never timed

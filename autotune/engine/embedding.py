@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .load import Unsupported
+from .support import Unsupported
 
 
 class HostEmbedding:

@@ -22,14 +22,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import Configuration, LoadGroup
+from .attention import bind
 from .cache import WINDOW, Lengths, advance, layers, lengths_on_device, restart, room, stored_tokens
 from .fusion import Fusion
-from .load import Unsupported
 from .runner import Runner
+from .support import Unsupported
 
-DEVICES = ("cuda",)  # where steps can be recorded; the tests add "cpu", where a replay just runs the step
+DEVICES = ("cuda",)  # where steps can be recorded; the tests say "cpu", where a replay just runs the step
 ATTENTIONS = ("eager", "sdpa", "split_kv")  # those that can mask, or know, what a fixed cache does not hold
-LONGEST = WINDOW  # tokens of the longest step that is recorded
+LONGEST = WINDOW  # tokens of the longest step that is recorded: no deeper one can be rolled back
 
 
 class CaptureFailed(Unsupported):
@@ -162,8 +163,6 @@ class StepRunner(Runner):
 
     def _bind(self, cache: Any) -> None:
         if self.attention == "split_kv":
-            from .attention import bind
-
             bind(self.model, cache)
 
     def start(self, sizes: tuple[int, ...], cached: int = 0) -> None:

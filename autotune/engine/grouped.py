@@ -17,9 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-WORDS = {"sdpa": "grouped_sdpa", "eager": "grouped_eager"}  # transformers' words for it, by the knob's
-FEW = 32  # new tokens; a prompt's are attended to as they always are
-_OTHER = ("softcap", "s_aux", "position_bias", "cache")  # what sdpa may be asked for besides
+WORDS = {"sdpa": "grouped_sdpa", "eager": "grouped_eager"}  # our words for it among transformers', by the knob's
+FEW = 32  # new tokens at most; more are a prompt's. Chosen, not measured: 1 and 5 were (benchmarks/LOG.md, "on a CPU")
+_OTHER = ("softcap", "s_aux", "position_bias", "cache")  # what models of transformers may ask sdpa for besides
 
 _Result = tuple[torch.Tensor, torch.Tensor | None]
 

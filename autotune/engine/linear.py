@@ -15,11 +15,15 @@ import torch
 from torch import nn
 
 from ..model.activations import UNPACKED
+from .int4 import counters, multiply, pack, plane, product, unpack
+from .support import INT4_GROUP
 
+# transformers' names, in the models that have them
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-INT4_GROUP = 128  # weights along the input that share a scale, as quanto has it
-MANY = 128  # tokens from which unpacking the weights is worth its time
-TILE = 128  # outputs that a product's kernel computes together: a narrower rest is slow
+# Tokens from which unpacking the weights is worth its time, on an H200 (benchmarks/LOG.md, "4-bit products"): gate and
+# up take 71 µs by the kernel and 162 unpacked at 64 tokens, 137 and 191 at 128. More the kernel does not take.
+MANY = 128
+TILE = 128  # outputs that cuBLAS computes together; that a narrower rest is slow was argued, not measured
 
 
 def siblings(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -110,8 +114,6 @@ class Int4Linear(nn.Module):
     whole = False
 
     def __init__(self, linear: nn.Linear, device: str) -> None:
-        from .int4 import counters, pack, plane
-
         super().__init__()
         inp, out = self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(device), requires_grad=False)
@@ -133,8 +135,6 @@ class Int4Linear(nn.Module):
 
         `codes` [out, in] and `zero` are uint8, 0 to 15; `scale` and `zero` are [in / INT4_GROUP, out].
         """
-        from .int4 import counters, pack
-
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = codes.shape
@@ -149,8 +149,6 @@ class Int4Linear(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         rows = states.reshape(-1, self.in_features)
         if len(rows) < MANY:
-            from .int4 import multiply, product
-
             few = product if torch.compiler.is_compiling() else multiply  # the operation costs its caller 10 µs more
             output: torch.Tensor = few(rows, self.packed, self.scale_zero, self.counters, self.whole)
         else:
@@ -159,8 +157,6 @@ class Int4Linear(nn.Module):
         return output if self.bias is None else output + self.bias
 
     def _multiply_unpacked(self, rows: torch.Tensor) -> torch.Tensor:
-        from .int4 import unpack
-
         output = rows.new_empty((len(rows), self.out_features))
         for begin, end in _row_blocks(self.out_features, self.in_features):
             weights = unpack(self.packed, self.scale_zero, begin, end, self.whole)

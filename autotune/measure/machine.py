@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..engine.load import Unsupported, compute_dtype, full_precision, quantize_linear, register_split_kv
+from ..engine.attention import register_split_kv
+from ..engine.load import quantize_linear
+from ..engine.support import Unsupported, compute_dtype, full_precision
 from .memory import nvml_handle
 
 

@@ -400,7 +400,7 @@ def _failure(error: Exception) -> dict[str, Any]:
     import torch
 
     from ..config import mib
-    from ..engine.load import Unsupported
+    from ..engine.support import Unsupported
     from ..measure.inputs import UnusableText
     from ..measure.memory import out_of_memory
 

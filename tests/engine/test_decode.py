@@ -19,8 +19,8 @@ from autotune.engine import decode, depth, runner
 from autotune.engine.cache import make_cache, settle
 from autotune.engine.decode import NGRAM, Engine, Generation, Sampling, _PromptLookup, _verify
 from autotune.engine.depth import PROBE, PROBE_DEPTH, TRIES, AdaptiveDepth
-from autotune.engine.load import Unsupported
 from autotune.engine.runner import Runner
+from autotune.engine.support import Unsupported
 from autotune.measure.quality import compare
 from autotune.trial.worker import Worker
 from tests.tiny_models import FAMILIES, VOCABULARY, WINDOW, draft_of, tiny, tokens

@@ -13,7 +13,7 @@ from autotune.config import Configuration, LoadGroup
 from autotune.engine import graph
 from autotune.engine.decode import Engine, Sampling
 from autotune.engine.depth import PROBE, AdaptiveDepth
-from autotune.engine.load import Unsupported
+from autotune.engine.support import Unsupported
 
 VOCABULARY = 60
 CACHES = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8")

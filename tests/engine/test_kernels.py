@@ -17,7 +17,7 @@ from autotune.engine.cache import GROUP, QuantizedLayer
 from autotune.engine.embedding import HostEmbedding, lock_pages
 from autotune.engine.fusion import half_turned
 from autotune.engine.kernels import append, gather, normalize, rotate
-from autotune.engine.load import Unsupported
+from autotune.engine.support import Unsupported
 from tests.tiny_models import tiny, tokens
 
 

@@ -32,6 +32,12 @@ def test_merged_projections_give_the_same_text(tmp_path: Path, name: str) -> Non
     assert texts[0] == texts[1]
 
 
+def test_weights_without_a_product_for_few_tokens_are_not_merged(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    model = load_model(tmp_path, weights="quanto-int8", lm_head="fp32", merge=True)
+    assert not any(isinstance(module, Slice) for module in model.modules())
+
+
 def test_a_merged_product_is_computed_once_and_let_go() -> None:
     calls = []
     linear = torch.nn.Linear(4, 6)

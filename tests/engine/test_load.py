@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from autotune.engine import load
-from autotune.engine.load import Unsupported, load_model, quantize_linear
+from autotune.engine import support
+from autotune.engine.load import load_model, quantize_linear
+from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
 from tests.tiny_models import FAMILIES, tiny, tokens
 
@@ -38,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized weights compute in full precision here, whatever the processor has."""
-    monkeypatch.setattr(load, "full_precision", lambda device: "fp32")
+    monkeypatch.setattr(support, "full_precision", lambda device: "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +228,7 @@ def test_what_is_quantized_by_rows_is_never_whole_on_the_device(saved, monkeypat
         sources.append(str(linear.weight.device))
         return linear
 
-    monkeypatch.setattr(load, "quantize_linear", quantize)
+    monkeypatch.setattr("autotune.engine.load.model.quantize_linear", quantize)
     with pytest.raises(Unsupported, match="no tensor"):  # since what is on this device is not there
         load_model(saved["llama"], weights=weights, lm_head="int8", device="meta")
     assert sources[0] == "meta"  # the lm_head
@@ -328,11 +329,11 @@ libc.mallopt(-3, 4 * 2**20)  # as measure/memory.py does
 libc.mallopt(-1, 16 * 2**20)
 
 import torch
-from autotune.engine import load
+from autotune.engine import load, support
 from autotune.measure.memory import Meter, _status, module_bytes
 
 torch.set_num_threads(1)
-load.full_precision = lambda device: "fp32"
+support.full_precision = lambda device: "fp32"
 small, *loads = sys.argv[1:]
 meter = Meter("cpu", None)
 for item in loads:

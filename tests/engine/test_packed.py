@@ -18,11 +18,12 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from autotune.cli import main
 from autotune.config import Configuration, LoadGroup
-from autotune.engine import load, packed
+from autotune.engine import support
 from autotune.engine.decode import Engine
 from autotune.engine.linear import Slice
-from autotune.engine.load import Unsupported, load_model
-from autotune.engine.packed import PackedLinear, Reordered
+from autotune.engine.load import load_model, packed
+from autotune.engine.load.packed import PackedLinear, Reordered
+from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
 from autotune.model.calibration import DEFAULT, predict
 from autotune.model.folder import PlanError
@@ -49,7 +50,7 @@ FORMATS = {
 
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "full_precision", lambda device: "fp32")
+    monkeypatch.setattr(support, "full_precision", lambda device: "fp32")
 
 
 def qwen2() -> PreTrainedModel:
@@ -149,7 +150,7 @@ def test_words_are_packed_as_the_formats_say() -> None:
 def test_the_plan_knows_what_a_packed_checkpoint_holds(
     tmp_path: Path, form: str, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "full_precision", lambda device: "bf16")
+    monkeypatch.setattr(support, "full_precision", lambda device: "bf16")
     model = tiny("llama", hidden_size=256, intermediate_size=512)
     save_packed(model, tmp_path, **{**FORMATS[form], "group_size": group})
     ours, shape = as_stored(tmp_path), read_shape(tmp_path)
@@ -265,7 +266,7 @@ def test_a_packed_checkpoint_on_a_gpu_is_near_its_weights(
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
-    monkeypatch.setattr(load, "full_precision", lambda device: "bf16")
+    monkeypatch.setattr(support, "full_precision", lambda device: "bf16")
     model = tiny("llama", hidden_size=256, intermediate_size=512, initializer_range=0.05)
     held = save_packed(model, tmp_path, **{**FORMATS[form], "group_size": group})
     ours = as_stored(tmp_path, device="cuda")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from autotune.config import TASK_QUESTIONS, Configuration, LoadGroup
 from autotune.demo import DRAFT, held_out_text
 from autotune.engine.decode import Engine
-from autotune.engine.load import full_precision
+from autotune.engine.support import full_precision
 from autotune.measure.inputs import UnusableText
 from autotune.measure.task import ANSWER, FEWEST, figures, prepare, score
 from autotune.trial.worker import Worker

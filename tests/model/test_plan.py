@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from autotune.config import ATTENTIONS, CACHES, LAUNCHES, LM_HEADS, MIB, WEIGHTS, Budget, Configuration, Record
 from autotune.model.activations import (
     LOAD_COPIES,
-    MERGED,
     QUANTIZING_BYTES,
     UNPACKED,
     WORKSPACE,
@@ -252,11 +251,6 @@ def test_the_group_of_a_quanto_matrix_is_the_one_that_quanto_chooses(inp, group)
     linear = torch.nn.Linear(inp, 8, bias=False, device="meta")
     chosen = quanto.QLinear.qcreate(linear, weights=quanto.qint4, device="meta").weight_group_size
     assert quanto_group(inp) == group == (chosen or inp)
-
-
-def test_merged_weights_are_those_that_the_engine_merges():
-    load = pytest.importorskip("autotune.engine.load")
-    assert MERGED == load._MERGED
 
 
 @pytest.mark.parametrize("launch", ["eager", "graph"])

@@ -19,7 +19,7 @@ from autotune.cli import main
 from autotune.config import MIB, Workload
 from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.engine.decode import Engine
-from autotune.engine.load import full_precision
+from autotune.engine.support import full_precision
 from autotune.policy.export import as_markdown, as_transformers
 from autotune.policy.policy import Baseline, Expected, Load, ModelInfo, Policy, Rule, Settings, write_policy
 

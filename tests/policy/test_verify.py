@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from autotune.cli import main
 from autotune.config import MIB, Configuration, Record, Workload, mib
 from autotune.demo import DRAFT, TARGET
-from autotune.engine.load import full_precision
+from autotune.engine.support import full_precision
 from autotune.model.fingerprint import fingerprint
 from autotune.policy import verify
 from autotune.policy.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy

@@ -23,8 +23,8 @@ from autotune import cli
 from autotune.config import Configuration, LoadGroup, Workload
 from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.engine.decode import Engine, Sampling
-from autotune.engine.load import full_precision
 from autotune.engine.runner import Runner
+from autotune.engine.support import full_precision
 from autotune.model.fingerprint import fingerprint
 from autotune.policy.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
 from autotune.serve.deploy import LLM, OutOfMemory, _Text, deploy

@@ -1,4 +1,4 @@
-"""Layers that GPTQ or AWQ packed (../prequantized.py says how), read tensor by tensor and kept in 4 bits.
+"""Layers that GPTQ or AWQ packed (model/stored.py says how), read tensor by tensor and kept in 4 bits.
 
 On a GPU the codes become the engine's own 4-bit layer where its groups allow that. Elsewhere `PackedLinear` keeps them
 as they are and expands some rows at a time for an ordinary product: as exact, and slower. Columns that GPTQ quantized
@@ -13,15 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
-from ..model.stored import AWQ_ORDER, PARTS, Packing, UnreadablePacking
-from .linear import INT4_GROUP, Int4Linear, int4_multiplies
-from .load import Unsupported
+from ...model.stored import AWQ_ORDER, PARTS, Packing, UnreadablePacking
+from ..linear import Int4Linear, Merged, Slice, int4_multiplies
+from ..support import INT4_GROUP, Unsupported
+from .place import place, replace
+from .tensors import Tensors
 
-EXPANDED = 2**22  # weights that are expanded at a time
+EXPANDED = 2**22  # weights that are expanded at a time, 16 MiB in float32; chosen, not measured
 
 
-class Packed(NamedTuple):
+class _Packed(NamedTuple):
     """Weights (code - zero) * scale [out, inp] in groups of equal size along the input, in memory of their own."""
 
     codes: torch.Tensor  # uint8 [out, inp / 2]; the half with the low bits stands first
@@ -30,9 +33,37 @@ class Packed(NamedTuple):
     order: torch.Tensor | None  # int32 [inp]: the input that each column multiplies, where that is not its own
 
 
-def read_packed(
+def place_packed(
+    model: PreTrainedModel,
+    names: tuple[str, ...],
+    tensors: Tensors,
+    packing: Packing,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """Put packed layers in the place of linear ones: one product where their columns stand in the same order."""
+    parts: list[_Packed] = []
+    biases: list[torch.Tensor] = []
+    sizes = []
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        parts.append(_read_packed(tensors.get, name, linear, packing, device))
+        place(linear, name, tensors, dtype, device)
+        biases += [] if linear.bias is None else [linear.bias]
+        sizes.append(linear.out_features)
+    if len(parts) > 1 and _same_order(parts):
+        merged = Merged(_packed_linear(parts, biases, dtype), sizes)
+        for index, name in enumerate(names):
+            replace(model, name, Slice(merged, index))
+        return
+    for name in names:
+        replace(model, name, _packed_linear([parts.pop(0)], [biases.pop(0)] if biases else [], dtype))
+
+
+def _read_packed(
     get: Callable[[str], torch.Tensor | None], name: str, linear: nn.Linear, packing: Packing, device: str
-) -> Packed:
+) -> _Packed:
     """The stored tensors of the layer `name` on `device`. Raises Unsupported for one that is not as it should be."""
     out, inp = linear.out_features, linear.in_features
     try:
@@ -47,14 +78,14 @@ def read_packed(
         there = torch.tensor(AWQ_ORDER, device=device).argsort()
         codes = _paired(_halves(words).unflatten(1, (-1, 8))[..., there].flatten(1).T)
         zero = _halves(zeros).unflatten(1, (-1, 8))[..., there].flatten(1)
-        return Packed(codes, scales.T.contiguous(), zero.T.contiguous(), None)
+        return _Packed(codes, scales.T.contiguous(), zero.T.contiguous(), None)
     codes = words.T.contiguous().view(torch.uint8)
     zero = _halves(zeros + 0x11111111 if packing.less_one else zeros)
     order = _order(f"{name}.g_idx", stored["g_idx"], inp, packing)
     if order is not None:
         order = order.to(device)
         codes = _paired(_halves(codes).index_select(1, order))
-    return Packed(codes, scales.T.contiguous(), zero.T.contiguous(), order)
+    return _Packed(codes, scales.T.contiguous(), zero.T.contiguous(), order)
 
 
 def _check(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], floating: bool) -> None:
@@ -100,13 +131,13 @@ def _paired(codes: torch.Tensor) -> torch.Tensor:
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def same_order(parts: list[Packed]) -> bool:
+def _same_order(parts: list[_Packed]) -> bool:
     """Whether layers of one input can become one product."""
     orders = [part.order for part in parts if part.order is not None]
     return not orders or (len(orders) == len(parts) and all(torch.equal(orders[0], order) for order in orders))
 
 
-def packed_linear(parts: list[Packed], biases: list[torch.Tensor], dtype: torch.dtype) -> nn.Module:
+def _packed_linear(parts: list[_Packed], biases: list[torch.Tensor], dtype: torch.dtype) -> nn.Module:
     """The layer with the outputs of all `parts`, which have the same order; consumes them. It computes in `dtype`."""
     order = parts[0].order
     codes = _joined([part.codes for part in parts])

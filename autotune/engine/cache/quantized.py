@@ -1,299 +1,25 @@
-"""KV caches that can be appended to and rolled back without touching what is already stored.
+"""Layers that keep the newest tokens in full precision and store older ones in 8, 4 or 2 bits, or as float8.
 
-`dynamic`, `sliding` and `offloaded` are transformers' own. `static` and `quantized-*` are preallocated here, so that
-the footprint does not creep. A quantized cache keeps the newest tokens in full precision and quantizes a group of GROUP
-tokens exactly once, when it can no longer be rolled back: keys per channel, values per token, asymmetric (KIVI,
-arXiv 2402.02750). When a group is quantized depends on how many tokens were accepted and on nothing else, which is why
-speculation reads the same cache as plain decoding: `room` says how many tokens fit before that moment.
-
-The lengths of a cache are numbers of the host. A recorded step (a CUDA graph) cannot know them: while
-`lengths_on_device` holds, `update` takes its slots from two tensors, and returns every slot, to be masked.
-
-Shapes: keys and values are [1, kv_heads, tokens, head_dim]; one request at a time.
+A group of GROUP tokens is quantized exactly once, when it can no longer be rolled back: keys per channel, values per
+token, asymmetric (KIVI, arXiv 2402.02750). When that is depends on how many tokens were accepted and on nothing else,
+which is why speculation reads the same cache as plain decoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .load import Unsupported
+from ..support import Unsupported
+from .layers import Preallocated
 
-GROUP = 64  # tokens that share a scale, per key channel
+# Both chosen, not measured beside others.
+GROUP = 64  # tokens that share a scale, per key channel; the most channels of a value that do
 WINDOW = 32  # newest tokens that always stay in full precision; the deepest rollback
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values only
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """What a recorded step must know of its cache: the `tokens` held before it and, of them, those `stored` in groups.
-
-    Both are int64 tensors [1]. Without `read`, `update` returns only the new keys and values: the attention reads the
-    layer itself.
-    """
-
-    tokens: torch.Tensor
-    stored: torch.Tensor
-    read: bool
-
-
-@contextmanager
-def lengths_on_device(cache: Cache, lengths: Lengths) -> Iterator[None]:
-    """While it holds, the layers append where `lengths` says, and their own lengths stand still (see `advance`)."""
-    for layer in layers(cache):
-        layer.lengths = lengths
-    try:
-        yield
-    finally:
-        for layer in layers(cache):
-            layer.lengths = None
-
-
-def make_cache(word: str, config: Any, capacity: int, device: str, spare: int = 0) -> Cache:
-    """An empty cache for one request of at most `capacity` tokens. Raises Unsupported.
-
-    `spare` more slots may be written behind the newest token by recorded steps that are longer than what they add.
-    """
-    text = config.get_text_config(decoder=True)
-    count = int(text.num_hidden_layers)
-    stateful = set(getattr(text, "layer_types", None) or ()) - _ATTENTION
-    if stateful:
-        raise Unsupported(f"{text.model_type} has {min(stateful)} layers: their state cannot be rolled back")
-    match word:
-        case "dynamic":
-            # Without the config every layer keeps all tokens; models with a window mask what they must not see.
-            cache: Cache = DynamicCache()
-        case "sliding":
-            if not _has_sliding_layers(text):
-                raise Unsupported(f"{text.model_type} has no sliding-window layers: cache = sliding does not apply")
-            cache = DynamicCache(config=text)
-            cache.activate_past_recording()
-        case "offloaded":
-            if device == "cpu":
-                raise Unsupported("cache = offloaded moves the cache from a GPU to host memory: there is no GPU here")
-            cache = DynamicCache(offloading=True)
-        case "static":
-            cache = Cache(layers=[StaticLayer(capacity, spare) for _ in range(count)])
-        case "quantized-8" | "quantized-4" | "quantized-2":
-            cache = Cache(layers=[QuantizedLayer(capacity, int(word[-1]), spare) for _ in range(count)])
-        case "quantized-fp8":
-            cache = Cache(layers=[Float8Layer(capacity, spare) for _ in range(count)])
-        case _:
-            raise Unsupported(f"unknown cache {word}")
-    return cache
-
-
-def layers(cache: Cache) -> list[Any]:
-    """The layers, which transformers types by a mixin that lacks most of their methods."""
-    return cache.layers
-
-
-def room(cache: Cache) -> int:
-    """How many tokens may be appended, and still be rolled back, before the cache must `settle`."""
-    return min((layer.room() for layer in cache.layers if isinstance(layer, QuantizedLayer)), default=2**31)
-
-
-def settle(cache: Cache) -> None:
-    """All tokens so far are final: quantize the groups that have left the full-precision window."""
-    for layer in layers(cache):
-        if isinstance(layer, QuantizedLayer):
-            layer.settle()
-        elif getattr(layer, "record_past", False):
-            layer.crop(0)  # sliding layers drop what has left their window
-
-
-def advance(cache: Cache, tokens: int) -> None:
-    """A recorded step has appended `tokens` tokens."""
-    for layer in layers(cache):
-        layer.advance(tokens)
-
-
-def restart(cache: Cache) -> None:
-    """Forget every token, and keep the memory."""
-    for layer in layers(cache):
-        layer.restart()
-
-
-def stored_tokens(cache: Cache) -> int:
-    """How many tokens are in quantized groups."""
-    layer = cache.layers[0]
-    return layer.stored if isinstance(layer, QuantizedLayer) else 0
-
-
-def rollback(cache: Cache, tokens: int) -> None:
-    """Forget the newest `tokens` tokens."""
-    if tokens > 0:
-        for layer in layers(cache):
-            if layer.is_initialized:  # layers that share another's keys and values hold nothing
-                layer.crop(-tokens)
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A quantized cache after whole prefill chunks: its `tokens`, and copies of each layer's full-precision window.
-
-    What was stored in groups by then stays as it is, whatever follows. What follows is rounded differently when it is
-    decoded and when it is prefilled, so that a mark is the only state that a fresh start is sure to pass through.
-    """
-
-    tokens: int
-    chunk: int
-    windows: list[tuple[torch.Tensor, torch.Tensor] | None]
-
-
-def mark(cache: Cache, chunk: int) -> Mark | None:
-    """The state to come back to; None for a cache that keeps what it was given and can drop its newest tokens."""
-    if not _quantized(cache):
-        return None
-    return Mark(cache.get_seq_length(), chunk, [layer.window() for layer in layers(cache)])
-
-
-def resume(cache: Cache, tokens: int, chunk: int, marked: Mark | None) -> int:
-    """Go back to the longest state within the first `tokens` tokens that prefilling them in chunks would reach.
-
-    Returns how many tokens the cache then holds; at 0 it is to be restarted.
-    """
-    if tokens <= 0 or any(getattr(layer, "record_past", False) for layer in cache.layers):
-        return 0  # layers with a window have dropped what lies before it
-    if not _quantized(cache):
-        rollback(cache, cache.get_seq_length() - tokens)
-        return tokens
-    if marked is None or marked.tokens > tokens or marked.chunk != chunk:
-        return 0
-    for layer, window in zip(layers(cache), marked.windows, strict=True):
-        if window is not None:
-            layer.go_back(marked.tokens, *window)
-    return marked.tokens
-
-
-def _quantized(cache: Cache) -> bool:
-    return any(isinstance(layer, QuantizedLayer) for layer in cache.layers)
-
-
-def stored_bytes(cache: Cache) -> int:
-    """What the cache holds on its device now, in bytes."""
-    return sum(
-        tensor.untyped_storage().nbytes()
-        for layer in cache.layers
-        for tensor in vars(layer).values()
-        if isinstance(tensor, torch.Tensor)
-    )
-
-
-def _has_sliding_layers(text: Any) -> bool:
-    kinds = getattr(text, "layer_types", None)
-    if kinds is not None:
-        return "sliding_attention" in kinds
-    return bool(getattr(text, "sliding_window", None))
-
-
-class _Preallocated(CacheLayerMixin):
-    """What layers with fixed memory have in common: their lengths can be the host's or a recorded step's."""
-
-    is_sliding = False
-    capacity: int
-
-    def __init__(self, spare: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # transformers' base class is untyped
-        self.spare = spare
-        self.lengths: Lengths | None = None
-
-    @property
-    def is_compileable(self) -> bool:  # type: ignore[override] # transformers' word for: always needs a mask
-        return self.lengths is not None
-
-    def tokens(self) -> int:
-        raise NotImplementedError
-
-    def slots(self) -> int:
-        """How many keys `update` returns during a recorded step."""
-        raise NotImplementedError
-
-    def get_seq_length(self) -> int:
-        # During a recorded step transformers takes positions and masks from a tensor, as from its own StaticLayer.
-        return self.tokens() if self.lengths is None else self.lengths.tokens  # type: ignore[return-value]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.tokens() + query_length if self.lengths is None else self.slots()), 0
-
-    def get_max_length(self) -> int:
-        return self.capacity
-
-    def _append(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: torch.Tensor, stored: torch.Tensor | None
-    ) -> None:
-        """Write a recorded step's keys and values behind the `tokens` held, of which `stored` are elsewhere."""
-        assert self.keys is not None
-        assert self.values is not None
-        if tokens.is_cuda and not torch.compiler.is_compiling():
-            from .kernels import append
-
-            append(self.keys, self.values, key_states, value_states, tokens, stored)
-            return
-        begin = tokens if stored is None else tokens - stored
-        slots = begin + torch.arange(key_states.shape[-2], device=begin.device)
-        self.keys.index_copy_(2, slots, key_states)
-        self.values.index_copy_(2, slots, value_states)
-
-
-class StaticLayer(_Preallocated):
-    """Preallocated slots in full precision. Reads return only the slots that hold something."""
-
-    def __init__(self, capacity: int, spare: int = 0):
-        super().__init__(spare)
-        self.capacity = capacity
-        self.length = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        shape = (1, key_states.shape[1], self.capacity + self.spare, key_states.shape[-1])
-        self.keys = key_states.new_zeros(shape)  # zeros: a masked slot must not hold a NaN
-        self.values = value_states.new_zeros((*shape[:-1], value_states.shape[-1]))
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        if self.lengths is not None:
-            self._append(key_states, value_states, self.lengths.tokens, None)
-            return (self.keys, self.values) if self.lengths.read else (key_states, value_states)
-        end = self.length + key_states.shape[-2]
-        if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        tokens = abs(tokens_to_remove)
-        if tokens > self.length:
-            raise ValueError(f"{tokens} tokens cannot be rolled back: the cache holds {self.length}")
-        self.length -= tokens
-
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
-
-    def restart(self) -> None:
-        self.length = 0
-
-    def tokens(self) -> int:
-        return self.length
-
-    def slots(self) -> int:
-        return self.capacity + self.spare
-
-
-class QuantizedLayer(_Preallocated):
+class QuantizedLayer(Preallocated):
     """Groups of GROUP tokens in `bits` bits and a full-precision window of the newest WINDOW to WINDOW + GROUP tokens.
 
     A token's `head_dim` values are packed into head_dim * bits / 8 bytes: with 4 bits, byte j holds channel j in its
@@ -403,7 +129,7 @@ class QuantizedLayer(_Preallocated):
         return self.keys.is_cuda and self.bits == 4 and dim & (dim - 1) == 0 and 2 * self.value_group >= dim >= 32
 
     def _store_by_kernel(self, keys: torch.Tensor, values: torch.Tensor, behind: int = 0) -> None:
-        from .kernels import store
+        from ..kernels import store
 
         stored = self.key_codes, self.value_codes, self.key_ranges, self.value_ranges
         store(keys, values, *stored, self.stored, behind)

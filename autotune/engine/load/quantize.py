@@ -1,0 +1,92 @@
+"""Store a linear layer as a word for weights says: by bitsandbytes, by quanto, or in the engine's own 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..linear import Int4Linear, fits_int4
+from ..support import Unsupported
+
+
+def source(word: str, device: str) -> str:
+    """Where a layer's weight is quantized from: what takes some rows at a time never has it whole on a GPU."""
+    return "cpu" if word == "quanto-int4" else device
+
+
+def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
+    """The same layer with its weight stored as `word` says; consumes `linear`, whose weight is on `device`.
+
+    For quanto-int4 it may be in host memory.
+    """
+    if word in ("bf16", "fp32", "checkpoint"):  # a layer that a quantized checkpoint left as it was
+        return linear
+    assert isinstance(linear, nn.Linear)
+    if word.startswith("bnb"):
+        return _bitsandbytes_linear(linear, word, device)
+    if word == "quanto-int4" and fits_int4(linear, device):
+        packed = Int4Linear(linear, device)
+        linear.weight = None  # type: ignore[assignment] # who still holds the layer must not hold its weight
+        return packed
+    from optimum.quanto import QLinear, qint4, qint8
+
+    linear.to(device)
+    quantized = QLinear.from_module(linear, weights=qint8 if word == "quanto-int8" else qint4)
+    linear.weight = None  # type: ignore[assignment] # frees the original before the packed copy is optimized
+    quantized.freeze()
+    quantized.requires_grad_(False)
+    return quantized  # type: ignore[no-any-return]
+
+
+def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module:
+    from importlib import import_module
+
+    layers: Any = import_module("bitsandbytes.nn")  # its exports and constructors are typed in part
+    layer: Any
+    weight, bias = linear.weight.data, linear.bias
+    linear.weight = None  # type: ignore[assignment]
+    if word == "bnb-int8":
+        layer = layers.Linear8bitLt(
+            linear.in_features, linear.out_features, bias is not None, has_fp16_weights=False, device="meta"
+        )
+        layer.weight = layers.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        if device == "cpu" and linear.in_features % 64:  # there its kernels give rows the scales of their neighbours
+            raise Unsupported(f"{word} on a CPU needs layers whose input is a multiple of 64, not {linear.in_features}")
+        layer = layers.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias is not None,
+            compute_dtype=weight.dtype,
+            compress_statistics=True,
+            quant_type=word.removeprefix("bnb-"),
+            device="meta",
+        )
+        layer.weight = layers.Params4bit(
+            weight, requires_grad=False, compress_statistics=True, quant_type=word.removeprefix("bnb-"), module=layer
+        ).to(device)
+        if linear.out_features % 32:  # its packing for AVX-512 asserts that there is no remainder
+            layer.support_avx512bf16_for_cpu = False
+    layer.bias = bias
+    return layer  # type: ignore[no-any-return]
+
+
+def check_linear(model: PreTrainedModel, word: str) -> None:
+    """Raises Unsupported where most weights are in no linear layer: they would stay as they are, and nobody be told."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    matrices = [
+        (f"{name}.{key}", type(module) is nn.Linear, parameter.numel())
+        for name, module in model.named_modules()
+        if module not in tables
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1
+    ]
+    whole, other = sum(count for *_, count in matrices), [row for row in matrices if not row[1]]
+    left = sum(count for *_, count in other)
+    if left > whole / 2:
+        share, example = f"{left / whole:.0%}", other[0][0]
+        raise Unsupported(
+            f"{word} stores linear layers; {share} of this model's weights are in others, such as {example}"
+        )
