@@ -20,9 +20,9 @@ from typing import Any
 
 import click
 import torch
-from int4_speed import timed
 
 from autotune.engine import attention, cache
+from benchmarks.int4_speed import timed
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 COUNTS = (1, 5)

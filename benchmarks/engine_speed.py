@@ -221,7 +221,7 @@ def main(
     """
     with tempfile.TemporaryDirectory() as scratch:
         if pair is None:
-            from rig import build
+            from benchmarks.rig import build
 
             pair = Path(scratch) / "pair"
             build(pair, size, draft, 0.8, device)

@@ -27,9 +27,8 @@ from autotune.model.calibration import DEFAULT, predict
 from autotune.search.outlook import with_idle
 from autotune.search.space import Space
 from autotune.search.surrogate import Belief, Pool, footprint_belief, rate_belief
-
-from .search_regret import Line, Sweep, read_sweep
-from .sweep import compact
+from benchmarks.search_regret import Line, Sweep, read_sweep
+from benchmarks.sweep import compact
 
 _KNOBS = ("weights", "lm_head", "draft", "cache", "attention", "depth", "launch")
 _QUIRK = 0.015  # of ln(rate), for each pair of words

@@ -28,8 +28,7 @@ from autotune.model.calibration import DEFAULT, predict
 from autotune.model.folder import CONFIG
 from autotune.model.shape import ModelShape, read_shape
 from autotune.search.space import Space
-
-from .sweep import compact, configurations
+from benchmarks.sweep import compact, configurations
 
 CONTEXTS = (128, 2048, 4096, 16384)
 NEW_TOKENS = 128
