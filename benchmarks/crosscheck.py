@@ -50,7 +50,7 @@ HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "autotune" / "peers"
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 GENERATIONS = 2  # a turn of each instrument: short, since what else the machine does changes by the second
-BARS = {"throughput": 0.05, "memory": 0.02, "perplexity": 0.001}
+BARS = {"throughput": 0.05, "memory": 0.02, "perplexity": 0.001}  # share of theirs that ours may be off: set by us
 
 
 class NotComparable(Exception):
@@ -320,7 +320,7 @@ def main(
 ) -> None:
     """Compare with three peers; the last line is one JSON object of ratios. Exit code 1 where a bar is missed.
 
-    Example: python benchmarks/crosscheck.py --context 512
+    Example: python -m benchmarks.crosscheck --context 512
     """
     model, draft = pair_of(model, draft)
     threads = max(1, len(os.sched_getaffinity(0)) - 1) if device == "cpu" else 0  # as the worker sets it

@@ -30,7 +30,7 @@ from autotune.engine.decode import Engine
 from autotune.engine.load import Unsupported, register_split_kv
 
 Row = dict[str, Any]
-_BEGAN = time.perf_counter()
+_BEGAN = time.perf_counter()  # seconds, for what is noted as it goes
 
 
 class _Clock:
@@ -217,7 +217,7 @@ def main(
 ) -> None:
     """Measure decode and prefill speed; the last line is one JSON object.
 
-    Example: python benchmarks/engine_speed.py --weights bnb-nf4 --contexts 2k --no-compile
+    Example: python -m benchmarks.engine_speed --weights bnb-nf4 --contexts 2k --no-compile
     """
     with tempfile.TemporaryDirectory() as scratch:
         if pair is None:

@@ -19,7 +19,7 @@ from autotune.model.calibration import DEFAULT, largest_context
 from autotune.model.shape import read_shape
 from benchmarks.prepare import HOPELESS, device_option, draft_option, model_option, pair_of, unscored
 
-NEW_TOKENS = 32
+NEW_TOKENS = 32  # chosen: decoding has to fit as well
 
 
 def longest(lengths: list[int], measure: Callable[[int], Record]) -> tuple[Record | None, Record | None]:
@@ -36,7 +36,7 @@ def longest(lengths: list[int], measure: Callable[[int], Record]) -> tuple[Recor
     return found.get(fits), found.get(fails)
 
 
-@click.command(epilog="\b\nExample:\n  python benchmarks/longest_context.py --budget 500MB --step 256")
+@click.command(epilog="\b\nExample:\n  python -m benchmarks.longest_context --budget 500MB --step 256")
 @model_option
 @draft_option
 @click.option("--budget", default="500MB", show_default=True)

@@ -30,12 +30,12 @@ from autotune.model.footprint import Prediction
 from autotune.model.shape import ModelShape, read_shape
 from benchmarks.prepare import HOPELESS, UNLIMITED, device_option, draft_option, model_option, pair_of, unscored
 
-NEW_TOKENS = 8
-DEPTH = 4
+NEW_TOKENS = 8  # few, since a footprint hardly grows with them
+DEPTH = 4  # tokens speculated per verification
 WEIGHTS = "bf16,bnb-nf4,quanto-int8,quanto-int4,bnb-int8"
 CACHES = "dynamic,static,quantized-8,quantized-4,quantized-fp8"
-BARS = {"cpu": 0.05, "cuda": 0.03}
-BELOW = 0.01
+BARS = {"cpu": 0.05, "cuda": 0.03}  # share of the measured, within which 95 % of the errors have to lie: set by us
+BELOW = 0.01  # share of the measured, the most that any prediction may lie below it: set by us
 
 Pair = tuple[Record, Prediction]
 
@@ -133,7 +133,7 @@ def main(
 
     With --replay nothing is measured: of --model and --draft only their config.json is read.
 
-    Example: python benchmarks/plan_error.py --contexts 512,2k
+    Example: python -m benchmarks.plan_error --contexts 512,2k
     """
     deadline = time.monotonic() + timeout
     earlier = json.loads(replay.read_text().splitlines()[-1]) if replay else {}

@@ -28,8 +28,8 @@ from autotune.trial.trials import Trials, WorkerFailed
 from benchmarks.prepare import device_option, uncapped
 
 FAULTY = Path(__file__).parents[1] / "tests" / "faulty_worker.py"
-ROOM = 100 * MIB  # what the budget leaves beside a measurement that went well
-HELD = 200 * 10**6
+ROOM = 100 * MIB  # bytes that the budget leaves beside a measurement that went well
+HELD = 200 * 10**6  # bytes of what is planted: more than ROOM
 CONTEXT = 512  # tokens
 WORKLOAD = Workload((CONTEXT,), new_tokens=32)
 FILLER = "The quick brown fox jumps over the lazy dog. "
@@ -139,7 +139,7 @@ def busy(device: str) -> Iterator[None]:
 def main(device: str) -> None:
     """Plant every fault; the last line is one JSON object. Exit code 1 where one was not caught as what it is.
 
-    Example: python benchmarks/planted_faults.py
+    Example: python -m benchmarks.planted_faults
     """
     rows: list[dict[str, Any]] = []
 

@@ -330,7 +330,7 @@ def main(
 ) -> None:
     """Measure every legal configuration under no budget; the last line is one JSON object.
 
-    Example: python benchmarks/sweep.py --space quick --contexts 128,512 --out quick.jsonl
+    Example: python -m benchmarks.sweep --space quick --contexts 128,512 --out quick.jsonl
     """
     started = time.monotonic()
     if out.suffix != ".jsonl":
