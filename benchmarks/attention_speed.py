@@ -1,6 +1,6 @@
 """Time the attention of a decode step over each kind of cache, on an NVIDIA GPU: `attention = split_kv`.
 
-Example: python benchmarks/attention_speed.py --tokens 2048,16384
+Example: python -m benchmarks.attention_speed --tokens 2048,16384
 
 No model is needed: keys, values and queries are random, in the shape of the rig's 8B (32 heads, 8 KV heads, head_dim
 128, bfloat16). Each kernel is first checked against attention in float64 over what its cache holds. Then, in replayed
@@ -20,14 +20,13 @@ from typing import Any
 
 import click
 import torch
-from int4_speed import timed
 
 from autotune.engine import attention, cache
+from benchmarks.int4_speed import COPIES_BYTES, timed
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
-COUNTS = (1, 5)
-L2_BYTES = 200 * 10**6  # of copies
-ROUNDS = 9
+HEADS, KV_HEADS, DIM = 32, 8, 128  # of Llama-3-8B, as in rig.py
+COUNTS = (1, 5)  # query tokens: plain decoding, and the verification of a depth of 4
+ROUNDS = 9  # timed replays, of which the median counts
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
@@ -159,7 +158,7 @@ def one_case(names: list[str], tokens: int, count: int) -> dict[str, float]:
         word, _ = VARIANTS[name]
         if word not in sets:
             layer = make_layer(word, tokens, count)[0]
-            sets[word] = [layer] + [copied(layer) for _ in range(L2_BYTES // layer_bytes(layer))]
+            sets[word] = [layer] + [copied(layer) for _ in range(COPIES_BYTES // layer_bytes(layer))]
         graphs[name] = graph(name, query, sets[word])
     return timed(graphs, ROUNDS)
 

@@ -39,19 +39,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autotune.config import Budget, Configuration, LoadGroup, Workload, parse_tokens
-from autotune.demo import DRAFT, TARGET, held_out_text
+from autotune.demo import held_out_text
 from autotune.engine.decode import Engine
 from autotune.engine.support import full_precision
 from autotune.measure.quality import STEP
-from autotune.trial.inputs import Inputs
-from autotune.trial.trials import Trials
 from autotune.trial.witness import Witness
+from benchmarks.prepare import UNLIMITED, device_option, draft_option, model_option, pair_of, unscored
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "autotune" / "peers"
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 GENERATIONS = 2  # a turn of each instrument: short, since what else the machine does changes by the second
-BARS = {"throughput": 0.05, "memory": 0.02, "perplexity": 0.001}
+BARS = {"throughput": 0.05, "memory": 0.02, "perplexity": 0.001}  # share of theirs that ours may be off: set by us
 
 
 class NotComparable(Exception):
@@ -182,9 +181,10 @@ def speed_and_memory(s: Setting, python: Path, folder: Path) -> Iterator[Row]:
         "generations": GENERATIONS,
     }
     stock = Configuration(weights=s.precision, lm_head=s.precision)
+    workload = Workload((s.context,), new_tokens=s.new_tokens)
     seen: dict[str, list[Row]] = {"theirs": [], "ours": [], "engine": []}
     with (
-        engine_trials(s, folder) as trials,
+        unscored(s.model, workload, Budget(UNLIMITED, s.device), folder) as (trials, _),
         peer("optimum_benchmark_peer.py", python, asked, folder / "peer.log") as (ask, pid, hello),
     ):
         click.echo(f"optimum-benchmark runs transformers {hello['transformers']}, {hello['threads']} threads", err=True)
@@ -216,20 +216,6 @@ def speed_and_memory(s: Setting, python: Path, folder: Path) -> Iterator[Row]:
     if theirs["max_allocated"]:
         allocated = max(engine["peak_allocated_bytes"] for engine in seen["engine"])
         yield row("engine, peak allocated", allocated, theirs["max_allocated"], BARS["memory"])
-
-
-@contextmanager
-def engine_trials(s: Setting, folder: Path) -> Iterator[Trials]:
-    """Our own worker on the same model, with prompts of the same length."""
-    workload = Workload((s.context,), new_tokens=s.new_tokens)
-    text = folder / "text.txt"
-    inputs = {"model": str(s.model), "text": str(text), "prompts": None, "contexts": [s.context], "windows": 1}
-    with Trials(str(s.model), workload, Budget(10**13, s.device), folder) as trials:
-        worker = trials.uncapped()
-        worker.request("inputs", 300, **inputs, path=str(folder / "inputs.npz"))
-        worker.kill()
-        trials.inputs = Inputs(str(folder / "inputs.npz"), {})
-        yield trials
 
 
 def perplexity(s: Setting, python: Path, folder: Path, precision: str) -> Iterator[Row]:
@@ -312,9 +298,9 @@ def is_tie(
 
 
 @click.command()
-@click.option("--model", type=click.Path(path_type=Path, exists=True), help="a model folder; else the bundled pair")
-@click.option("--draft", type=click.Path(path_type=Path, exists=True), help="its draft; else none is tried")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0")
+@model_option
+@draft_option
+@device_option
 @click.option("--context", default="512", show_default=True)
 @click.option("--new-tokens", default=64, show_default=True)
 @click.option("--rounds", default=11, show_default=True, help="turns of each instrument")
@@ -334,10 +320,9 @@ def main(
 ) -> None:
     """Compare with three peers; the last line is one JSON object of ratios. Exit code 1 where a bar is missed.
 
-    Example: python benchmarks/crosscheck.py --context 512
+    Example: python -m benchmarks.crosscheck --context 512
     """
-    device = "cuda:0" if device == "cuda" else device
-    model, draft = (model, draft) if model else (TARGET, DRAFT)
+    model, draft = pair_of(model, draft)
     threads = max(1, len(os.sched_getaffinity(0)) - 1) if device == "cpu" else 0  # as the worker sets it
     if threads:
         torch.set_num_threads(threads)

@@ -31,7 +31,7 @@ from autotune.engine.decode import Engine
 from autotune.engine.support import Unsupported
 
 Row = dict[str, Any]
-_BEGAN = time.perf_counter()
+_BEGAN = time.perf_counter()  # seconds, for what is noted as it goes
 
 
 class _Clock:
@@ -218,11 +218,11 @@ def main(
 ) -> None:
     """Measure decode and prefill speed; the last line is one JSON object.
 
-    Example: python benchmarks/engine_speed.py --weights bnb-nf4 --contexts 2k --no-compile
+    Example: python -m benchmarks.engine_speed --weights bnb-nf4 --contexts 2k --no-compile
     """
     with tempfile.TemporaryDirectory() as scratch:
         if pair is None:
-            from rig import build
+            from benchmarks.rig import build
 
             pair = Path(scratch) / "pair"
             build(pair, size, draft, 0.8, device)

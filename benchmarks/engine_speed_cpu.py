@@ -45,8 +45,8 @@ CACHES = "dynamic", "static", "quantized-8", "quantized-4", "quantized-2", "quan
 DRAFTS = "none", "prompt-lookup", "draft"
 RATES = "end_to_end", "decode", "steps"
 PROMPTS = 8  # a round uses one
-DEPTH = 4
-CHUNK = 512
+DEPTH = 4  # tokens speculated per verification, ours and stock's
+CHUNK = 512  # tokens of a prompt prefilled at a time, where it is not prefilled whole
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STOCK_CACHES: dict[str, Row] = {
     "dynamic": {},
@@ -260,8 +260,8 @@ def main(
 ) -> None:
     """Compare every combination with stock `generate` on this process's cores; the last line is one JSON object.
 
-    Example: taskset -c 0,1 python benchmarks/engine_speed_cpu.py --shard 1/8 > shard-1.txt
-    All shards in one table: python benchmarks/engine_speed_cpu.py --join shard-1.txt --join shard-2.txt ...
+    Example: taskset -c 0,1 python -m benchmarks.engine_speed_cpu --shard 1/8 > shard-1.txt
+    All shards in one table: python -m benchmarks.engine_speed_cpu --join shard-1.txt --join shard-2.txt ...
     """
     if joined:
         parts = [json.loads(path.read_text().splitlines()[-1]) for path in joined]

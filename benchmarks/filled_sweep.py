@@ -1,10 +1,8 @@
 """A recorded sweep's whole space, for `search_regret.py`: what was not measured is filled in from what was.
 
-    python -m benchmarks.filled_sweep benchmarks/recorded/sweep-8b-h200.jsonl.gz filled.jsonl --alone
-
 A sample of a space has few configurations to a load group, where a real run has hundreds, and a search can lose itself
 in one. So every configuration of the space gets a record: its rate is what a Gaussian process learnt from the sweep
-expects, times what pairs of words do together, by the seed (about 9 %); its footprint the plan's, corrected likewise;
+expects, times what pairs of words do together, by the seed (about 7 %); its footprint the plan's, corrected likewise;
 its rounds vary as those of the nearest record at its context do. Nothing of that was measured, and the header says so.
 """
 
@@ -27,14 +25,15 @@ from autotune.model.calibration import DEFAULT, predict
 from autotune.search.pairs import with_idle
 from autotune.search.space import Space
 from autotune.search.surrogate import Belief, Pool, footprint_belief, rate_belief
-
-from .search_regret import Line, Sweep, read_sweep
-from .sweep import compact
+from benchmarks.search_regret import Line, Sweep, read_sweep
+from benchmarks.sweep import compact
 
 _KNOBS = ("weights", "lm_head", "draft", "cache", "attention", "depth", "launch")
-_QUIRK = 0.015  # of ln(rate), for each pair of words
-_ERROR = 0.05  # of a recorded ln(rate)
-_ALONE = 0.45, 0.9, 0.85  # of a look's time, of one at the longest context, of a load's: one GPU where eight ran
+_QUIRK = 0.015  # standard deviation in ln(rate) of what two words do together: chosen; all 21 pairs make 7 %
+_ERROR = 0.05  # standard deviation of a recorded ln(rate): chosen, above what its rounds vary by
+# Of a look's time, of one at the longest context and of a load's, what one GPU takes where eight ran side by side:
+# chosen after LOG.md's "The search on a recorded sweep of the 8B" (8 s a pair alone, 13 with eight).
+_ALONE = 0.45, 0.9, 0.85
 
 
 class Filled:
@@ -124,7 +123,10 @@ def _kind(group: LoadGroup) -> tuple[str, bool]:
 @click.option("--seed", default=1, show_default=True)
 @click.option("--alone", is_flag=True, help="Looks and loads as short as on a GPU of a machine that does nothing else.")
 def main(recorded: Path, path: Path, seed: int, alone: bool) -> None:
-    """Write to PATH the sweep RECORDED with the rest of its space filled in."""
+    """Write to PATH the sweep RECORDED with the rest of its space filled in.
+
+    Example: python -m benchmarks.filled_sweep benchmarks/recorded/sweep-8b-h200.jsonl.gz filled.jsonl --alone
+    """
     sweep = read_sweep(recorded)
     filled, longest = Filled(sweep, seed), max(sweep.workload.contexts)
     header = sweep.header | {"note": "filled in: but for what it says it was made from, nothing was measured"}

@@ -1,6 +1,6 @@
 """Time the 4-bit product of autotune/engine/int4.py beside PyTorch's own (tinygemm), on an NVIDIA GPU.
 
-Example: python benchmarks/int4_speed.py --shapes "8B o,8B gate_up"
+Example: python -m benchmarks.int4_speed --shapes "8B o,8B gate_up"
 
 No model is needed: weights are random. Each tiling is first checked against a product in float64. Then, in replayed
 CUDA graphs and with the weights in so many copies that the L2 cache does not serve them, each is timed at 1, 5 and 16
@@ -24,7 +24,7 @@ import torch
 
 from autotune.engine import int4
 
-SHAPES = {
+SHAPES = {  # outputs x inputs, of Llama-3-8B and Llama-3.2-1B with merged projections
     "8B gate_up": (28672, 4096),
     "8B qkv": (6144, 4096),
     "8B down": (4096, 14336),
@@ -35,14 +35,15 @@ SHAPES = {
     "1B down": (2048, 8192),
     "1B o": (2048, 2048),
 }
-COUNTS = (1, 2, 4, 5, 6, 8, 16)
-MANY_COUNTS = (32, 64, 128)
+COUNTS = (1, 2, 4, 5, 6, 8, 16)  # tokens of a decode step or of a verification
+MANY_COUNTS = (32, 64, 128)  # tokens, around where unpacking begins to pay
 TILES = (  # outputs, warps, stages
     *((64, 4, 3), (64, 4, 4), (64, 2, 3), (64, 2, 4), (64, 2, 5), (128, 4, 3), (128, 4, 4)),
     *((32, 1, 4), (32, 1, 6), (32, 2, 4)),
 )
-L2_BYTES = 200 * 10**6  # of copies
-ROUNDS = 7
+COPIES_BYTES = 200 * 10**6  # of one thing, four times the L2 cache of an H100 or H200 (50 MB, NVIDIA)
+BYTES_PER_US = 4e6  # 4 TB/s: what an H200 reads (3.9 to 4.1 measured, `bandwidth_bytes_per_s` in recorded/*/run.json)
+ROUNDS = 7  # timed replays, of which the median counts
 
 Tiles = tuple[int, int, int, int]  # outputs, shares, warps, stages
 Case = tuple[Tiles, int]  # and tokens
@@ -96,7 +97,7 @@ class Weights:
 
     def __init__(self, width: int, columns: int) -> None:
         self.width, self.columns = width, columns
-        self.copies = max(2, -(-L2_BYTES // (width * columns // 2)))
+        self.copies = max(2, -(-COPIES_BYTES // (width * columns // 2)))
         words = torch.randint(-(2**31), 2**31, (width * columns // 8,), device="cuda", dtype=torch.int32)
         self.words = [words.clone() for _ in range(self.copies)]
         pair = torch.randn((columns // 128, width, 2), device="cuda").bfloat16() / 64
@@ -154,7 +155,7 @@ def timed(graphs: dict[Any, Graph], rounds: int = ROUNDS) -> dict[Any, float]:
 
 def one_shape(name: str, width: int, columns: int) -> dict[str, Any]:
     weights, blocks = Weights(width, columns), columns // (4 * int4.plane(columns))
-    floor = (width * columns / 2 + columns // 128 * width * 4) / 4e6
+    floor = (width * columns / 2 + columns // 128 * width * 4) / BYTES_PER_US
     click.echo(f"{name} {width} x {columns}: {floor:.1f} µs at 4 TB/s")
     tilings = [(n, shares, *rest) for n, *rest in TILES for shares in shares_of(width, blocks, n)]
     best = {}

@@ -24,22 +24,18 @@ from typing import Any
 import click
 
 from autotune.config import Budget, Configuration, Record, Workload, mib, parse_tokens
-from autotune.demo import DRAFT, TARGET, held_out_text
 from autotune.model import calibration
 from autotune.model.calibration import DEFAULT, Calibration, calibrate
 from autotune.model.footprint import Prediction
 from autotune.model.shape import ModelShape, read_shape
-from autotune.trial.inputs import Inputs
-from autotune.trial.process import WorkerFailed
-from autotune.trial.trials import Trials
+from benchmarks.prepare import HOPELESS, UNLIMITED, device_option, draft_option, model_option, pair_of, unscored
 
-NEW_TOKENS = 8
-DEPTH = 4
+NEW_TOKENS = 8  # few, since a footprint hardly grows with them
+DEPTH = 4  # tokens speculated per verification
 WEIGHTS = "bf16,bnb-nf4,quanto-int8,quanto-int4,bnb-int8"
 CACHES = "dynamic,static,quantized-8,quantized-4,quantized-fp8"
-BARS = {"cpu": 0.05, "cuda": 0.03}
-BELOW = 0.01
-HOPELESS = 1e12  # tokens/s that nothing reaches: one round is enough
+BARS = {"cpu": 0.05, "cuda": 0.03}  # share of the measured, within which 95 % of the errors have to lie: set by us
+BELOW = 0.01  # share of the measured, the most that any prediction may lie below it: set by us
 
 Pair = tuple[Record, Prediction]
 
@@ -87,20 +83,8 @@ def measure(
     model: Path, asked: list[Configuration], contexts: list[int], device: str, folder: Path, deadline: float
 ) -> Iterator[Record]:
     """Every configuration at every context, until the time is up."""
-    tokens, text = folder / "inputs.npz", folder / "text.txt"
-    text.write_text(held_out_text(), encoding="utf-8")
     workload = Workload(tuple(contexts), new_tokens=NEW_TOKENS)
-    with Trials(str(model), workload, Budget(10**13, device), folder) as trials:
-        worker = trials.uncapped()
-        inputs = {"model": str(model), "text": str(text), "prompts": None, "contexts": contexts, "windows": 1}
-        try:
-            precision = worker.request("environment", 120)["full_precision"]
-            worker.request("inputs", 300, **inputs, path=str(tokens))
-        except WorkerFailed as failure:
-            raise click.UsageError(failure.reason) from None
-        finally:
-            worker.kill()
-        trials.inputs = Inputs(str(tokens), {})
+    with unscored(model, workload, Budget(UNLIMITED, device), folder) as (trials, precision):
         for configuration, context in itertools.product(asked, contexts):
             c = configuration
             if c.weights == "bf16":
@@ -125,13 +109,13 @@ def _words(c: Configuration) -> str:
 
 
 @click.command()
-@click.option("--model", type=click.Path(path_type=Path, exists=True), help="a model folder; else the bundled pair")
-@click.option("--draft", type=click.Path(path_type=Path, exists=True), help="its draft; else there is none")
+@model_option
+@draft_option
 @click.option("--weights", default=WEIGHTS, show_default=True)
 @click.option("--caches", default=CACHES, show_default=True)
 @click.option("--contexts", default="512,1k,2k,4k", show_default=True)
 @click.option("--chunk", default=0, show_default=True, help="prefill chunk; 0 is the whole prompt")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0")
+@device_option
 @click.option("--replay", type=click.Path(path_type=Path, exists=True), help="judge an earlier output's records again")
 @click.option("--timeout", default=480, show_default=True, help="seconds; what was not measured by then is left out")
 def main(
@@ -149,13 +133,13 @@ def main(
 
     With --replay nothing is measured: of --model and --draft only their config.json is read.
 
-    Example: python benchmarks/plan_error.py --contexts 512,2k
+    Example: python -m benchmarks.plan_error --contexts 512,2k
     """
     deadline = time.monotonic() + timeout
     earlier = json.loads(replay.read_text().splitlines()[-1]) if replay else {}
-    device = "cuda:0" if device == "cuda" else earlier.get("device", device)
+    device = earlier.get("device", device)
     kind = device.partition(":")[0]
-    model, draft = (model, draft) if model else (TARGET, DRAFT)
+    model, draft = pair_of(model, draft)
     shapes = {str(folder): read_shape(folder) for folder in (model, draft) if folder}
     asked = configurations(weights.split(","), caches.split(","), draft, chunk)
     lengths = [parse_tokens(word) for word in contexts.split(",")]

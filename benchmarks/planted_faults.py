@@ -14,23 +14,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from autotune.config import MIB, Budget, Configuration, Record, Workload
-from autotune.demo import DRAFT, TARGET, held_out_text
+from autotune.demo import DRAFT, TARGET
 from autotune.trial import process
-from autotune.trial.inputs import Inputs
-from autotune.trial.process import WorkerFailed, WorkerProcess
+from autotune.trial.inputs import input_files, prepare_inputs, text_file
+from autotune.trial.process import WorkerFailed
 from autotune.trial.trials import Trials
+from benchmarks.prepare import device_option, uncapped
 
 FAULTY = Path(__file__).parents[1] / "tests" / "faulty_worker.py"
-ROOM = 100 * MIB  # what the budget leaves beside a measurement that went well
-HELD = 200 * 10**6
-CONTEXT, NEW_TOKENS = 512, 32
+ROOM = 100 * MIB  # bytes that the budget leaves beside a measurement that went well
+HELD = 200 * 10**6  # bytes of what is planted: more than ROOM
+CONTEXT = 512  # tokens
+WORKLOAD = Workload((CONTEXT,), new_tokens=32)
 FILLER = "The quick brown fox jumps over the lazy dog. "
 GPU_HOG = """
 import sys
@@ -82,32 +84,22 @@ class Bench:
     def __init__(self, folder: Path, device: str):
         self.folder, self.device = folder, device
         self.room = 10**12  # bytes; until it is known what a measurement without a fault takes
-        (folder / "text.txt").write_text(held_out_text(), encoding="utf-8")
-        self.inputs = Inputs(str(folder / "inputs.npz"), {CONTEXT: str(folder / "reference.npy")})
-        with self.trials() as trials, worker_of(trials) as worker:
-            self.precision = worker.request("environment", 120)["full_precision"]
-            worker.request("inputs", 120, prompts=None, **self.request())
-            worker.request("load_reference", 120, model=str(TARGET), weights=self.precision)
-            worker.request(
-                "reference", 120, inputs=self.inputs.tokens, context=CONTEXT, path=self.inputs.references[CONTEXT]
-            )
-
-    def request(self) -> dict[str, Any]:
-        text = str(self.folder / "text.txt")
-        return {"model": str(TARGET), "text": text, "contexts": [CONTEXT], "windows": 2, "path": self.inputs.tokens}
+        self.text = text_file(WORKLOAD, folder)
+        with self.trials() as trials, uncapped(trials) as worker:
+            self.environment = worker.request("environment", 120)
+            prepare_inputs(worker, TARGET, WORKLOAD, self.text, folder, self.environment)
 
     def trials(self) -> Trials:
-        trials = Trials(
-            str(TARGET), Workload((CONTEXT,), new_tokens=NEW_TOKENS), Budget(self.room, self.device), self.folder
-        )
-        trials.inputs = self.inputs
+        trials = Trials(str(TARGET), WORKLOAD, Budget(self.room, self.device), self.folder)
+        trials.inputs = input_files(self.folder, WORKLOAD)
         return trials
 
     def measure(self, fault: Fault) -> Record:
         """What a fresh worker with the fault in it comes back with."""
         if fault.plant:
             (self.folder / "fault.json").write_text(json.dumps({"at": "generate", **fault.plant}))
-        configuration = Configuration(weights=self.precision, lm_head=self.precision, **fault.settings)
+        precision = self.environment["full_precision"]
+        configuration = Configuration(weights=precision, lm_head=precision, **fault.settings)
         with self.trials() as trials, busy(self.device) if "busy" in fault.name else contextlib.nullcontext():
             return trials.measure(configuration, CONTEXT, stage="final")
 
@@ -115,21 +107,13 @@ class Bench:
         """The outcome and the reason when every prompt is filler."""
         prompts = self.folder / "filler.jsonl"
         prompts.write_text(json.dumps({"prompt": FILLER * 200}) + "\n")
-        with self.trials() as trials, worker_of(trials) as worker:
+        filled = replace(WORKLOAD, prompts=str(prompts))
+        with self.trials() as trials, uncapped(trials) as worker:
             try:
-                worker.request("inputs", 120, prompts=str(prompts), **self.request())
+                prepare_inputs(worker, TARGET, filled, self.text, self.folder, self.environment)
             except WorkerFailed as failure:
                 return failure.outcome, failure.reason
         return "ok", ""
-
-
-@contextlib.contextmanager
-def worker_of(trials: Trials) -> Iterator[WorkerProcess]:
-    worker = trials.uncapped()
-    try:
-        yield worker
-    finally:
-        worker.kill()
 
 
 @contextlib.contextmanager
@@ -152,11 +136,11 @@ def busy(device: str) -> Iterator[None]:
 
 
 @click.command()
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0")
+@device_option
 def main(device: str) -> None:
     """Plant every fault; the last line is one JSON object. Exit code 1 where one was not caught as what it is.
 
-    Example: python benchmarks/planted_faults.py
+    Example: python -m benchmarks.planted_faults
     """
     rows: list[dict[str, Any]] = []
 

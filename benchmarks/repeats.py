@@ -34,7 +34,7 @@ from autotune.policy.policy import Policy, PolicyError, Rule, load_of, settings_
 
 COMMAND = [sys.executable, "-m", "autotune", "run"]
 QUICK = "--budget 6.5GB --space quick --contexts 512,2k --timeout 150s --device cpu"
-BAR = 0.9  # share of the repeats that have to agree
+BAR = 0.9  # share of the repeats that have to agree: set by us
 
 Answers = list[tuple[Rule, Configuration, set[Configuration]]]
 
@@ -187,7 +187,7 @@ def _show_spread(name: str, found: dict[str, float] | None) -> None:
         click.echo(f"       {name}: median {found['median']:.2f}, {found['min']:.2f} to {found['max']:.2f}{varies}")
 
 
-@click.command(epilog="\b\nExample:\n  python benchmarks/repeats.py --repeats 10 --jobs 5 --out repeats")
+@click.command(epilog="\b\nExample:\n  python -m benchmarks.repeats --repeats 10 --jobs 5 --out repeats")
 @click.option("--repeats", "count", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs side by side.")
 @click.option("--cores", type=click.IntRange(min=1), default=2, show_default=True, help="Processors of each.")

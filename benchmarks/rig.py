@@ -47,11 +47,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-PERTURBATION = 0.25
+# Chosen, and tests/benchmarks/test_rig.py checks what they are for: greedy text follows what is planted, in 4 bits too.
+PERTURBATION = 0.25  # variance that all attention adds, and all MLPs, where the embedding's is 1
 SPREAD = math.sqrt(1 + 2 * PERTURBATION)  # root mean square of the residual stream, where the embedding's is 1
-SHARPNESS = 3.0
-COPY_GAIN = 8.0
-CONFIDENCE = 0.6
+SHARPNESS = 3.0  # standard deviation of attention scores
+COPY_GAIN = 8.0  # times the stream that a tied model's last MLP adds to it
+CONFIDENCE = 0.6  # probability of the successor at a text's first token
 
 
 def _normal_mean(function: Callable[[torch.Tensor], torch.Tensor]) -> float:
@@ -65,8 +66,8 @@ SILU_POWER = _normal_mean(lambda z: (z * z.sigmoid()) ** 2)
 COPY_KEEPS = _normal_mean(lambda z: z**3 * z.sigmoid())
 COPY_POWER = _normal_mean(lambda z: (z * z * z.sigmoid()) ** 2)
 
-SHARD_BYTES = 4_000_000_000
-MAX_POSITIONS = 131_072
+SHARD_BYTES = 4_000_000_000  # of one file at most: chosen, since host memory holds one at a time
+MAX_POSITIONS = 131_072  # tokens, of Llama 3.1 and 3.2
 Shape = dict[str, Any]
 Draw = Callable[..., torch.Tensor]  # (key, *shape) -> standard normal numbers, always the same for a key
 
@@ -295,7 +296,7 @@ def _tokenizer(vocab_size: int, max_positions: int) -> PreTrainedTokenizerFast:
 def main(out: Path, size: str, draft: str, acceptance: float, device: str, seed: int, max_positions: int) -> None:
     """Write OUT/target and OUT/draft: real shapes, synthetic weights, planted acceptance.
 
-    Example: python benchmarks/rig.py /tmp/pair --size 8b --draft 1b --acceptance 0.8
+    Example: python -m benchmarks.rig /tmp/pair --size 8b --draft 1b --acceptance 0.8
     """
     try:
         result = build(out, size, None if draft == "none" else draft, acceptance, device, seed, max_positions)

@@ -65,14 +65,14 @@ from autotune.search.space import Space, Suggests, stock_configurations
 from autotune.search.study import Studies
 from autotune.search.watch import Watch
 
-SHARES = (0.03, 0.05, 0.1, 0.2)
+SHARES = (0.03, 0.05, 0.1, 0.2)  # of the exhaustive cost
 SEARCH = "autotune"
 WARM = "warm start"  # the same, beside the folder of an earlier run
 EARLIER = 0.03  # of the exhaustive cost, which that one spent
-MEDIAN, LOW = 0.98, 0.95  # bars for the median and the 10th percentile, in every context
-WITHIN = 0.1  # of the exhaustive cost, by which the bars must be reached
-INFEASIBLE = 0.1  # of the measurements may exceed the budget
-UNLIMITED = 2**62  # bytes
+MEDIAN, LOW = 0.98, 0.95  # of the optimum's rate, bars for median and 10th percentile in every context: set by us
+WITHIN = 0.1  # of the exhaustive cost, by which the bars must be reached: set by us
+INFEASIBLE = 0.1  # of the measurements may exceed the budget: set by us
+UNLIMITED = 2**62  # bytes: under no budget
 _REPEATS = 10  # known suggestions in a row after which a sampler gets one of the rest
 _STUCK = 2000  # proposals in a row without a new measurement after which a method is at its end
 _LOAD_KNOBS = ("weights", "lm_head", "embeddings", "draft", "draft_weights", "attention")
@@ -653,7 +653,7 @@ def table(rows: list[dict[str, Any]], contexts: list[int], shares: tuple[float, 
 def main(path: Path, budgets: str | None, shares: str, seeds: int, methods: str, jobs: int) -> None:
     """The search beside other methods on a recorded sweep; the last line is one JSON object.
 
-    Example: python benchmarks/search_regret.py sweep.jsonl.gz --seeds 5
+    Example: python -m benchmarks.search_regret sweep.jsonl.gz --seeds 5
     """
     sweep = read_sweep(path)
     sizes = [parse_bytes(word) for word in budgets.split(",")] if budgets else sweep.budgets()

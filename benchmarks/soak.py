@@ -30,7 +30,7 @@ from autotune.policy.policy import Policy
 from autotune.serve.deploy import LLM, deploy
 from autotune.trial.witness import Witness
 
-ALIKE = 16  # tokens in which the beginnings of two answers have to agree to be taken for the same answer
+ALIKE = 16  # tokens in which two answers have to begin alike to be taken for the same: chosen
 PATIENCE_S = 600  # a request still running this long after the end is lost
 
 
@@ -132,7 +132,7 @@ def start_witness(device: str) -> Witness:
     return witness
 
 
-@click.command(epilog="\b\nExample:\n  python benchmarks/soak.py policy.json --minutes 5 --callers 2")
+@click.command(epilog="\b\nExample:\n  python -m benchmarks.soak policy.json --minutes 5 --callers 2")
 @click.argument("policy", type=click.Path(exists=True, path_type=Path))
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True)
 @click.option("--callers", type=click.IntRange(min=1), default=2, show_default=True)

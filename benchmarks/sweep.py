@@ -46,8 +46,8 @@ from autotune.results import RunError
 from autotune.search.space import Space, SpaceError, read_space, stock_configurations
 from autotune.search.watch import Watch
 from autotune.trial.trials import Trials
+from benchmarks.prepare import UNLIMITED, device_option, model_option
 
-UNLIMITED = 10**13  # bytes: under no budget
 IDENTITY = ("model", "drafts", "workload", "device", "hardware", "space", "sample", "groups", "seed", "shard")
 OWN = ("shard", "device")  # of these, what parts of one sweep do not share
 
@@ -296,7 +296,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 @click.command()
-@click.option("--model", type=click.Path(path_type=Path, exists=True), help="a model folder; else the bundled pair")
+@model_option
 @click.option("--draft", "drafts", type=click.Path(path_type=Path, exists=True), multiple=True, help="may be repeated")
 @click.option(
     "--text", type=click.Path(path_type=Path, exists=True), help="what is read and predicted; else the bundled"
@@ -304,7 +304,7 @@ def _shard(text: str) -> tuple[int, int]:
 @click.option("--space", "space_name", default="default", show_default=True, help="a search space or a TOML file")
 @click.option("--contexts", default="512,2k,4k", show_default=True)
 @click.option("--new-tokens", default=128, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0")
+@device_option
 @click.option("--sample", type=click.IntRange(1), help="only that many configurations, drawn at random")
 @click.option("--groups", type=click.IntRange(1), help="only of that many load groups, drawn at random")
 @click.option("--seed", default=0, show_default=True, help="of the order and of what is drawn")
@@ -332,7 +332,7 @@ def main(
 ) -> None:
     """Measure every legal configuration under no budget; the last line is one JSON object.
 
-    Example: python benchmarks/sweep.py --space quick --contexts 128,512 --out quick.jsonl
+    Example: python -m benchmarks.sweep --space quick --contexts 128,512 --out quick.jsonl
     """
     started = time.monotonic()
     if out.suffix != ".jsonl":
@@ -354,7 +354,7 @@ def main(
             request = Request(
                 model=model,
                 drafts=list(drafts),
-                budget=Budget(UNLIMITED, "cuda:0" if device == "cuda" else device),
+                budget=Budget(UNLIMITED, device),
                 workload=workload,
                 space=read_space(space_name),
                 space_name=space_name,

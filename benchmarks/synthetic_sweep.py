@@ -1,7 +1,5 @@
 """A sweep of an 8B model with a 1B draft on a GPU that never happened, for `search_regret.py`: rates by formula.
 
-    python -m benchmarks.synthetic_sweep sweep.jsonl --every 5
-
 Footprints are the plan's, off by up to 3 % by weights, cache, launch and draft (each word its own error, by the seed),
 so that a search has to learn them. A decode step takes the bytes that it reads over a bandwidth that depends on the
 weights' kernels, and what launching takes; drafts are accepted less often the deeper they are; pairs of words
@@ -28,12 +26,13 @@ from autotune.model.calibration import DEFAULT, predict
 from autotune.model.folder import CONFIG
 from autotune.model.shape import ModelShape, read_shape
 from autotune.search.space import Space
+from benchmarks.sweep import compact, configurations
 
-from .sweep import compact, configurations
-
-CONTEXTS = (128, 2048, 4096, 16384)
+# Rates, times and losses in this file are made up.
+CONTEXTS = (128, 2048, 4096, 16384)  # tokens
 NEW_TOKENS = 128
-SHAPE = {
+BASE_BYTES = 610 * MIB  # of a CUDA context, as in recorded/*/run.json
+SHAPE = {  # of Llama-3-8B, as in rig.py
     "model_type": "llama",
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -44,6 +43,7 @@ SHAPE = {
     "max_position_embeddings": 131072,
     "torch_dtype": "bfloat16",
 }
+# of Llama-3.2-1B
 DRAFT = SHAPE | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True}
 CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": ("bf16", "quanto-int4", "bnb-nf4", "quanto-int8", "bnb-int8"),
@@ -57,6 +57,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "prefill_chunk": (0, 2048),
     "launch": ("eager", "graph"),
 }
+# Bytes/s at which weights are read, seconds of attention a token of context, share of perplexity that is lost.
 _BANDWIDTH = {"bf16": 2.4e12, "quanto-int4": 1.6e12, "bnb-nf4": 1.1e12, "quanto-int8": 1.5e12, "bnb-int8": 0.7e12}
 _ATTENTION = {"dynamic": 4e-9, "static": 5e-9, "quantized-4": 9e-9, "quantized-fp8": 7e-9, "quantized-2": 10e-9}
 _LOST = {"quantized-4": 0.008, "quantized-fp8": 0.002, "quantized-2": 0.12, "bnb-nf4": 0.02, "quanto-int4": 0.03}
@@ -97,7 +98,10 @@ def prefill_s(c: Configuration, context: int) -> float:
 @click.option("--every", default=1, show_default=True, help="hold every so many configurations, after the stock ones")
 @click.option("--seed", default=0, show_default=True)
 def main(path: Path, every: int, seed: int) -> None:
-    """Write the sweep to PATH, as sweep.py does."""
+    """Write the sweep to PATH, as sweep.py does.
+
+    Example: python -m benchmarks.synthetic_sweep sweep.jsonl --every 5
+    """
     shapes = {}
     for name, config in (("model", SHAPE), ("draft1", DRAFT)):
         with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +116,7 @@ def main(path: Path, every: int, seed: int) -> None:
         "space": CHOICES,
         "space_name": "synthetic",
         "legal": len(asked),
-        "environment": {"device": "none: synthetic", "full_precision": "bf16", "base_bytes": 610 * MIB},
+        "environment": {"device": "none: synthetic", "full_precision": "bf16", "base_bytes": BASE_BYTES},
         "reference": {"took_s": 20.0},
         "shapes": {name: dataclasses.asdict(shape) for name, shape in shapes.items()},
     }
@@ -156,7 +160,7 @@ def line(c: Configuration, context: int, shapes: dict[str, ModelShape], seed: in
         decode_tokens_per_s=(NEW_TOKENS - 1) / statistics.median((1 - share) * seconds for seconds in rounds),
         ttft_s=share * whole,
         peak_bytes=peak,
-        base_bytes=610 * MIB,
+        base_bytes=BASE_BYTES,
         perplexity_ratio=1 + lost,
         samples=samples,
     )

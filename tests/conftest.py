@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Models in tests are tiny: a second thread gives nothing, and beside other work each spins until the other comes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,10 +1,19 @@
-"""Runs where lm-evaluation-harness is installed: prints the rolling log-likelihood of a text as one line of JSON."""
+"""Runs where lm-evaluation-harness is installed: prints the rolling log-likelihood of a text as one line of JSON.
+
+Plain forward passes over windows of the text: every token is predicted once, from the tokens before it in its window.
+No cache is read, so what crosscheck.py finds through a cache has to come to the same sum, but for rounding.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
+
+EXAMPLE = '{"model": "DIR", "device": "cpu", "dtype": "float32", "threads": 2, "window": 512, "text": "FILE"}'
+parser = argparse.ArgumentParser(description=__doc__, epilog=f"Example: python lm_eval_peer.py '{EXAMPLE}'")
+parser.add_argument("asked", type=json.loads, help="a JSON object; threads 0: as torch chooses")
+asked = parser.parse_args().asked
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what libraries print is no answer
@@ -15,7 +24,6 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 
 def main() -> None:
-    asked = json.loads(sys.argv[1])
     if asked["threads"]:
         torch.set_num_threads(asked["threads"])
     model = HFLM(

@@ -1,5 +1,8 @@
 """Runs where optimum-benchmark is installed: one process, one model, stock `generate`, measured by them and by us.
 
+Stock `generate` at batch 1: its prefill is compute-bound, its decode reads every weight once a token, and the host's
+launches cost it what is left. Both instruments time that same loop, so that only the instruments can differ.
+
 Reads a word a line and answers each with a line of JSON: `theirs` is one session of optimum-benchmark's own tracker,
 `ours` is autotune.measure.throughput over the same model object, inputs and number of generations, `memory` is one run
 of its memory tracker, which the caller's witness watches from outside.
@@ -7,12 +10,21 @@ of its memory tracker, which the caller's witness watches from outside.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import time
 from types import SimpleNamespace
 from typing import Any
+
+EXAMPLE = (
+    '{"model": "DIR", "device": "cpu", "dtype": "float32", "threads": 2, "context": 512, "new_tokens": 64, '
+    '"generations": 2}'
+)
+parser = argparse.ArgumentParser(description=__doc__, epilog=f"Example: python optimum_benchmark_peer.py '{EXAMPLE}'")
+parser.add_argument("asked", type=json.loads, help="a JSON object; threads 0: as torch chooses")
+asked = parser.parse_args().asked
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what libraries print is no answer
@@ -61,7 +73,6 @@ class Stock:
 
 
 def main() -> None:
-    asked = json.loads(sys.argv[1])
     if asked["threads"]:
         torch.set_num_threads(asked["threads"])
     backend = PyTorchBackend(

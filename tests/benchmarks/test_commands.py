@@ -1,8 +1,6 @@
 """The parts of the benchmarks that decide: windows, bars, halves."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,8 +56,8 @@ def test_each_half_is_predicted_with_what_the_other_taught() -> None:
 
 def test_the_errors_of_the_plan_are_measured_in_a_worker_and_can_be_judged_again(tmp_path: Path) -> None:
     options = ["--weights", "bf16", "--caches", "static", "--contexts", "64,128", "--timeout", "200"]
-    command = [sys.executable, "-m", "benchmarks.plan_error", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=True)
+    done = CliRunner().invoke(plan_error.main, options, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["measured"] == 4
     assert {(row["context"], row["depth"]) for row in line["rows"]} == {(64, 0), (128, 0), (64, 4), (128, 4)}
