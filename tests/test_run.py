@@ -33,7 +33,7 @@ from autotune.search.space import Space, read_space
 from autotune.search.study import Search, Studies
 from autotune.trial import trials as trial
 from autotune.trial.trials import Inputs, WorkerFailed
-from tests.conftest import Notes, synthetic_record
+from tests.records import Notes, synthetic_record
 
 SPACE = """
 [weights]

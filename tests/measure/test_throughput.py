@@ -15,7 +15,7 @@ from autotune.config import Budget, Configuration, Workload
 from autotune.engine.decode import Generation
 from autotune.measure.throughput import DRIFT, MAX_ROUNDS, drift, measure_throughput, pooled, rate_interval, summarize
 from autotune.trial.trials import Trials
-from tests.conftest import synthetic_record
+from tests.records import synthetic_record
 
 PLAIN = Configuration()
 MIN_ROUNDS = 3

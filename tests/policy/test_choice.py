@@ -26,7 +26,6 @@ from autotune.policy.choice import (
 )
 from autotune.policy.policy import Policy, load_of
 from benchmarks import repeats
-from tests.conftest import synthetic_record
 from tests.policy.test_policy import (
     BUDGET,
     DEEP,
@@ -42,6 +41,7 @@ from tests.policy.test_policy import (
     printed,
     tied_with,
 )
+from tests.records import synthetic_record
 
 
 @given(

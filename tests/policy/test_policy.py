@@ -34,7 +34,7 @@ from autotune.policy.policy import (
     write_policy,
 )
 from autotune.run import fingerprint
-from tests.conftest import synthetic_record
+from tests.records import synthetic_record
 
 BUDGET = Budget(1000 * MIB)
 DRAFT = "/models/draft"

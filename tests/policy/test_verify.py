@@ -25,7 +25,7 @@ from autotune.policy.policy import Expected, Load, ModelInfo, Policy, PolicyErro
 from autotune.policy.verify import Verification, verify_policy
 from autotune.run import fingerprint
 from autotune.trial import trials as trial
-from tests.conftest import synthetic_record
+from tests.records import synthetic_record
 
 WORDS = full_precision("cpu")
 BUDGET = 1000 * MIB

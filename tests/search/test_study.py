@@ -21,7 +21,7 @@ from autotune.policy.choice import best_group, best_in_group
 from autotune.results import RECORD, RunError, open_storage, read_records
 from autotune.search.space import Space, read_space
 from autotune.search.study import Search, Studies, also, complete, importances
-from tests.conftest import synthetic_record
+from tests.records import synthetic_record
 
 CONTEXTS = (64, 256)
 BUDGET = Budget(1000 * MIB)
