@@ -70,7 +70,7 @@ def run_command(folder: Path) -> list[str]:
 
 def environment() -> dict[str, str]:
     package = str(Path(trial.__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": package, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}  # one: others may run beside
+    return {**os.environ, "PYTHONPATH": package, "COLUMNS": "160"}
 
 
 def prepare(folder: Path) -> Path:

@@ -31,11 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Iterator[WorkerProcess]:
     """The real worker without a cap."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # others may run beside
-        worker = WorkerProcess(folder / "worker.log", lambda text: None).start("cpu", None)
-        yield worker
-        worker.kill()
+    worker = WorkerProcess(folder / "worker.log", lambda text: None).start("cpu", None)
+    yield worker
+    worker.kill()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,8 @@ def trials(folder: Path, plain: WorkerProcess) -> Iterator[Trials]:
         patch.setattr(trial, "WORKER", (sys.executable, str(FAULTY)))
         patch.setattr(trial, "STABLE", 100.0)  # how steady this machine is now is not the question
         patch.setattr(trial, "BUSY", 1.0)
-        patch.setattr(trial, "_LOOK", (3, 0.0))  # three rounds will do
+        patch.setattr(trial, "_LOOK", (3, 0.0))  # three rounds will do, and show no drift
+        patch.setattr(trial, "_CARE", (3, 0.0))
         patch.setenv("PYTHONPATH", str(Path(trial.__file__).parents[2]))
         patch.setenv("FAULT", str(folder / "fault.json"))
         trials.inputs = inputs
@@ -197,6 +196,7 @@ def test_a_cache_that_loses_its_last_tokens_is_a_quality_loss(trials: Trials, pl
     assert record.outcome == "quality_loss"
 
 
+@pytest.mark.alone
 def test_a_clock_that_drops_halfway_is_unstable_and_named(
     trials: Trials, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
