@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests, and workers of theirs, run beside
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests, and workers of theirs, run beside each other
 
 import optuna
 import pytest

@@ -26,7 +26,7 @@ from autotune.policy.choice import (
 )
 from autotune.policy.policy import Policy, load_of
 from benchmarks import repeats
-from tests.policy.test_policy import (
+from tests.policies import (
     BUDGET,
     DEEP,
     FAST,
