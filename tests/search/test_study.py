@@ -287,13 +287,11 @@ def test_a_load_that_takes_long_is_shared_by_more_looks(tmp_path: Path) -> None:
     assert 1 < loads[1] < loads[0]
 
 
-@pytest.mark.usefixtures("in_memory")
+@pytest.mark.usefixtures("in_memory", "clock")  # it would never come to the deadline
 def test_a_load_group_that_runs_out_before_its_load_is_paid_for_is_left(tmp_path: Path) -> None:
     measure = Fake(load_s=1000.0, measure_s=1.0)
-    began = time.monotonic()
-    search_in(tmp_path, SMALL, measure, deadline=began + 60).run()
+    search_in(tmp_path, SMALL, measure, deadline=60).run()
     assert len(measure.calls) == 16
-    assert time.monotonic() - began < 50
     assert len(stays(measure)) <= 3
 
 

@@ -489,11 +489,9 @@ def test_a_client_that_goes_away_while_it_is_streamed_to_ends_the_decoding(
     stream = client.completions.create(model="target", prompt="hello", stream=True, max_tokens=16)
     assert next(stream).choices[0].text == "hello 0, "
     stream.close()
-    time.sleep(0.2)
-    steps.release(16)
     until(lambda: llm.ended)
     assert llm.ended == ["closed"]
-    assert llm.running[0].written < 4
+    assert llm.running[0].written == 1
 
 
 def test_a_client_that_goes_away_in_the_queue_never_runs(url: str, llm: FakeLLM, client: openai.OpenAI) -> None:
