@@ -1,57 +1,41 @@
-"""Records of measurements that never happened, for the tests of everything that reads records; and a quick storage."""
+"""What all tests share: one thread each, tests that run alone, a quick storage."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-
-# Models in tests are tiny: a second thread gives nothing, and beside other work each spins until the other comes.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests, and workers of theirs, run beside each other
 
 import optuna
 import pytest
 import sqlalchemy
 
-from autotune.config import MIB, Configuration, Outcome, Record
-from autotune.search.watch import Watch
+from autotune.config import Record
+from tests.records import synthetic_record
 
 MakeRecord = Callable[..., Record]
 
 
-def synthetic_record(
-    configuration: Configuration,
-    context: int,
-    rates: tuple[float, ...] = (100.0, 101.0, 99.0),
-    *,
-    outcome: Outcome = "ok",
-    ratio: float | None = 1.0,
-    peak: int = 500 * MIB,
-    ttft_s: float = 0.1,
-    **figures: Any,
-) -> Record:
-    """A record whose rounds ran at `rates` tokens/s end to end: one prompt a round, 100 new tokens after each."""
-    steps = [[(100 / rate - ttft_s) / 99] * 99 for rate in rates]
-    samples = [
-        {"round": number, "prompt": 0, "new_tokens": 100, "ttft_s": ttft_s, "step_s": step, "step_tokens": [1] * 99}
-        | {"proposed": 0, "accepted": 0, "verifications": 0}
-        for number, step in enumerate(steps)
-    ]
-    measured: dict[str, Any] = {
-        "tokens_per_s": statistics.median(rates),
-        "tokens_per_s_interval": (min(rates), max(rates)),
-        "decode_tokens_per_s": statistics.median(99 / sum(step) for step in steps),
-        "ttft_s": ttft_s,
-        "peak_bytes": peak,
-        "perplexity_ratio": ratio,
-        "witness": "resident set",
-        "load_s": 2.0,
-        "measure_s": 1.0,
-        "samples": samples,
-    }
-    return Record(configuration, context, outcome, **(measured | figures))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `alone` comes last."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """While a test marked `alone` runs, no other process of pytest-xdist runs any, here or in another run of ours."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    with Path(__file__).open() as door, (item.config.rootpath / "pyproject.toml").open() as room:
+        fcntl.flock(door, fcntl.LOCK_EX)  # whoever waits for the room keeps the others from entering it before
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -83,13 +67,3 @@ def _do_not_wait_for_the_disk() -> Iterator[None]:
     sqlalchemy.event.listen(sqlalchemy.Engine, "connect", faster)
     yield
     sqlalchemy.event.remove(sqlalchemy.Engine, "connect", faster)
-
-
-class Notes(Watch):
-    """Keeps what a run notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)

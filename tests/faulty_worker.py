@@ -127,7 +127,7 @@ def _act(own: worker.Worker, place: str) -> dict[str, Any] | None:
         case "lose the last 8 tokens":
             _lose_tokens()
         case "lower the clock":
-            _lower_the_clock(own, fault["after"], fault.get("share", 0.5))
+            _lower_the_clock(own, fault["after"], fault.get("share", 0.5), fault.get("step_s", 0.0))
     return None
 
 
@@ -164,15 +164,19 @@ def _lose_tokens() -> None:
     runner.settle = lossy
 
 
-def _lower_the_clock(own: Any, after: int, share: float) -> None:
-    """From a generation on, every step takes that share longer: half as long again is a clock lowered by a third."""
+def _lower_the_clock(own: Any, after: int, share: float, step_s: float) -> None:
+    """From a generation on, every step takes that share longer: half as long again is a clock lowered by a third.
+
+    And no less than `step_s`, which makes the slow steps all alike on a machine where others run.
+    """
     forward, ended = own.engine.target.forward, time.perf_counter()
 
     def slower(*args: Any, **kwargs: Any) -> Any:
         nonlocal ended
         output = forward(*args, **kwargs)
         if own.generations > after:
-            time.sleep((time.perf_counter() - ended) * share)
+            took = time.perf_counter() - ended
+            time.sleep(max(took * share, step_s - took))
         ended = time.perf_counter()
         return output
 

@@ -9,7 +9,7 @@ import pytest
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.results import RunError, frame, open_storage, read_records, read_run, storage_url
 from autotune.search.study import Studies
-from tests.conftest import synthetic_record
+from tests.records import synthetic_record
 
 CONTRACT = ["context_tokens", "outcome", "reason"]
 CONTRACT += ["weights", "lm_head", "embeddings", "draft", "draft_weights", "depth", "cache", "attention"]

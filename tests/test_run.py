@@ -40,7 +40,7 @@ from autotune.trial import trials as trial
 from autotune.trial.inputs import Inputs, measured_lengths
 from autotune.trial.process import WorkerFailed
 from autotune.trial.trials import Trials
-from tests.conftest import Notes, synthetic_record
+from tests.records import Notes, synthetic_record
 
 SPACE = """
 [weights]
@@ -77,7 +77,7 @@ def run_command(folder: Path) -> list[str]:
 
 def environment() -> dict[str, str]:
     package = str(Path(trial.__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": package, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}  # one: others may run beside
+    return {**os.environ, "PYTHONPATH": package, "COLUMNS": "160"}
 
 
 def prepare(folder: Path) -> Path:

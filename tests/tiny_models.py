@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPTNeoXConfig,
@@ -105,3 +106,34 @@ def tokens(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[int]
     passage = torch.randint(0, vocabulary, (count // 3,), generator=generator)
     rest = torch.randint(0, vocabulary, (count - 2 * len(passage),), generator=generator)
     return torch.cat([passage, rest, passage]).tolist()
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(torch.tensor([tokens(60)])).logits[0]
+
+
+# Others, whose texts reach further than 512 tokens, for steps that are recorded.
+_LONGER = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**_LONGER, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**_LONGER, num_key_value_heads=2, head_dim=16),
+    "gpt-neox": GPTNeoXConfig(**_LONGER),
+    "mistral": MistralConfig(**_LONGER, num_key_value_heads=2, sliding_window=40),
+}
+PROMPT = torch.randint(60, (90,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def make_model(name: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32, attn_implementation=attention)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # so that greedy texts do not settle on one token
+    return model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from autotune.policy.policy import Policy, write_policy
 from benchmarks import repeats
-from tests.serve.test_serve import policy
+from tests.policies import bundled_policy
 
 
 def chose(
@@ -24,7 +24,7 @@ def chose(
     stage: str = "final",
 ) -> Policy:
     """A policy that chooses one cache at 64 tokens, and declares others to be ties."""
-    data = policy().model_dump(mode="json")
+    data = bundled_policy().model_dump(mode="json")
     rule = data["rules"][0]
     rule["settings"] |= {"cache": cache, "prefill_chunk": chunk}
     rule["expected"]["tokens_per_s"], rule["speedup"] = rate, times

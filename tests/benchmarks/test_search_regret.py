@@ -23,8 +23,8 @@ from autotune.search.space import Space
 from benchmarks import filled_sweep
 from benchmarks import search_regret as regret
 from benchmarks import sweep as sweeping
-from tests.conftest import synthetic_record
-from tests.model.test_plan import LLAMA_1B, LLAMA_8B, shape_of
+from tests.records import synthetic_record
+from tests.shapes import LLAMA_1B, LLAMA_8B, shape_of
 
 CONTEXTS = (128, 2048)
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "recorded"

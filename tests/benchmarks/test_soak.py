@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 from autotune.policy.policy import write_policy
 from benchmarks import soak
-from tests.serve.test_serve import policy
+from tests.policies import bundled_policy
 
 
 def test_an_answer_to_another_prompt_is_noticed_and_a_tie_is_no_mix_up() -> None:
@@ -50,7 +50,7 @@ def test_a_request_that_fails_is_counted_as_lost() -> None:
 
 
 def test_a_policy_soaks_and_every_answer_is_the_one_given_alone(tmp_path: Path) -> None:
-    write_policy(policy(longest=128), tmp_path / "policy.json")
+    write_policy(bundled_policy(longest=128), tmp_path / "policy.json")
     command = [sys.executable, soak.__file__, str(tmp_path / "policy.json"), "--minutes", "0.05"]
     done = subprocess.run([*command, "--prompts", "4"], capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -23,7 +23,7 @@ from autotune.engine.cache import Lengths, make_cache, settle, stored_tokens
 from autotune.engine.decode import Engine
 from autotune.engine.load import load_model
 from autotune.engine.support import Unsupported
-from tests.engine.test_graph import PROMPT, make_model
+from tests.tiny_models import PROMPT, make_model
 
 CACHES = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8")
 

@@ -1,6 +1,5 @@
 """Caches: rolled back without a trace, each group quantized once, errors within their bounds, bytes as computed."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,14 +47,6 @@ SHAPE: dict[str, Any] = {
 }
 FULL = LlamaConfig(**SHAPE)
 SLIDING = MistralConfig(**SHAPE, sliding_window=SLIDING_WINDOW)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def states(tokens: int, seed: int = 0, dim: int = DIM, dtype: torch.dtype = torch.float32) -> torch.Tensor:

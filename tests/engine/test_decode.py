@@ -32,14 +32,6 @@ DRAFT = "a draft model"
 GROUP = LoadGroup("fp32", "fp32", draft=DRAFT, draft_weights="fp32")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Case(NamedTuple):
     family: str
     cache: str

@@ -7,44 +7,21 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
 
 from autotune.config import Configuration, LoadGroup
 from autotune.engine import graph
 from autotune.engine.decode import Engine, Sampling
 from autotune.engine.depth import PROBE, AdaptiveDepth
 from autotune.engine.support import Unsupported
+from tests.tiny_models import CONFIGS, PROMPT, make_model
 
 VOCABULARY = 60
 CACHES = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8")
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 2048,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES, num_key_value_heads=2),
-    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
-    "gpt-neox": GPTNeoXConfig(**SIZES),
-    "mistral": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=40),
-}
-PROMPT = torch.randint(VOCABULARY, (90,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 @pytest.fixture(autouse=True)
 def _record_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "DEVICES", ("cpu",))
-
-
-def make_model(name: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32, attn_implementation=attention)
-    for parameter in model.parameters():
-        parameter.data.mul_(3)  # so that greedy texts do not settle on one token
-    return model.eval().requires_grad_(False)
 
 
 def make_engine(name: str = "llama", attention: str = "sdpa", ahead: bool = False) -> Engine:

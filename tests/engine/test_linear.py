@@ -11,7 +11,7 @@ from autotune.config import Configuration, LoadGroup
 from autotune.engine.decode import Engine
 from autotune.engine.linear import Merged, Slice, siblings
 from autotune.engine.load import load_model
-from tests.engine.test_graph import PROMPT, make_model
+from tests.tiny_models import PROMPT, make_model
 
 
 @pytest.mark.parametrize(("name", "layers"), [("llama", 10), ("qwen3", 10), ("gpt-neox", 0)])

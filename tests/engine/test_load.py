@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from autotune.engine import support
 from autotune.engine.load import load_model, quantize_linear
 from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
-from tests.tiny_models import FAMILIES, tiny, tokens
+from tests.tiny_models import FAMILIES, logits, tiny
 
 # calm models: with larger weights two layers turn any rounding into another text
 CALM = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
@@ -26,14 +25,6 @@ WORDS = ("bnb-nf4", "bnb-fp4", "bnb-int8", "quanto-int8")
 LAYER_BOUND = {"bnb-nf4": 0.13, "bnb-fp4": 0.17, "bnb-int8": 0.02, "quanto-int8": 0.015}
 LOGITS_BOUND = {"bnb-nf4": 0.42, "bnb-fp4": 0.58, "bnb-int8": 0.05, "quanto-int8": 0.04}
 HEAD_BOUND = {"int8": 0.015, "nf4": 0.13}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +44,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
-@torch.inference_mode()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    return model(torch.tensor([tokens(60)])).logits[0]
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -30,7 +30,7 @@ from autotune.model.folder import PlanError
 from autotune.model.shape import read_shape
 from autotune.trial.worker import Worker
 from tests.packed_checkpoints import pack, save_packed
-from tests.tiny_models import tiny, tokens
+from tests.tiny_models import logits, tiny, tokens
 
 SIZE = {"hidden_size": 64, "intermediate_size": 128}
 GPTQ = {"quant_method": "gptq", "sym": False}
@@ -72,11 +72,6 @@ def make(name: str) -> PreTrainedModel:
 
 def as_stored(folder: Path, **options: Any) -> PreTrainedModel:
     return load_model(folder, weights="checkpoint", **options)
-
-
-@torch.inference_mode()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    return model(torch.tensor([tokens(60)])).logits[0]  # type: ignore[no-any-return]
 
 
 def text(model: PreTrainedModel) -> list[int]:

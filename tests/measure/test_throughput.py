@@ -16,7 +16,7 @@ from autotune.engine.decode import Generation
 from autotune.measure.throughput import MAX_ROUNDS, measure_throughput
 from autotune.samples import DRIFT, drift, pooled, rate_interval, summarize
 from autotune.trial.trials import Trials
-from tests.conftest import synthetic_record
+from tests.records import synthetic_record
 
 PLAIN = Configuration()
 MIN_ROUNDS = 3

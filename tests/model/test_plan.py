@@ -26,21 +26,9 @@ from autotune.model.folder import PlanError, _header, check_folder
 from autotune.model.footprint import Prediction, by_layer
 from autotune.model.shape import Linear, ModelShape, read_shape
 from autotune.model.weights import matrix_bytes, quanto_group
+from tests.shapes import LLAMA_1B, LLAMA_8B, shape_of
 
 GIB = 2**30
-LLAMA_8B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-LLAMA_1B = LLAMA_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
 SMALL = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -68,11 +56,6 @@ FAMILIES: list[dict[str, Any]] = [
     SMALL | {"model_type": "granite"},
     SMALL | {"model_type": "olmo2", "pad_token_id": 0},
 ]
-
-
-def shape_of(folder: Path, config: dict[str, Any]) -> ModelShape:
-    (folder / "config.json").write_text(json.dumps(config))
-    return read_shape(folder)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from autotune.policy.choice import best_group, best_in_group, choose, contender,
 from autotune.policy.compare import as_done, near, speedup, t95
 from autotune.policy.policy import Policy, load_of
 from benchmarks import repeats
-from tests.conftest import synthetic_record
-from tests.policy.test_policy import (
+from tests.policies import (
     BUDGET,
     DEEP,
     FAST,
@@ -30,6 +29,7 @@ from tests.policy.test_policy import (
     printed,
     tied_with,
 )
+from tests.records import synthetic_record
 
 
 @given(

@@ -7,12 +7,10 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from autotune.cli import main
@@ -53,15 +51,6 @@ def policy(*rules: dict[str, Any], environment: dict[str, Any] | None = None, **
         ],
         baseline=[],
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models decode many times faster so, where others use the machine as well."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(text: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import random
@@ -13,9 +12,8 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
-from autotune.config import MIB, Budget, Configuration, Record, Workload
+from autotune.config import MIB, Configuration, Record, Workload
 from autotune.model.fingerprint import fingerprint
 from autotune.policy.choice import best_group, choose
 from autotune.policy.export import as_markdown
@@ -31,58 +29,24 @@ from autotune.policy.policy import (
     write_policy,
 )
 from autotune.policy.rules import expected_of, make_policy
-from autotune.report.policy_table import _print_policy
-from tests.conftest import synthetic_record
-
-BUDGET = Budget(1000 * MIB)
-DRAFT = "/models/draft"
-STOCK = Configuration(weights="bnb-nf4")
-FAST = Configuration(weights="quanto-int4", cache="static", draft=DRAFT, draft_weights="bf16", depth=4)
-DEEP = FAST.replace(depth=6)
-MODEL = {"path": "/models/target", "weights_sha256": "0a", "tokenizer_sha256": "1b"}
-
-configurations = st.builds(
-    Configuration,
-    weights=st.sampled_from(["bf16", "bnb-nf4", "quanto-int4"]),
-    lm_head=st.sampled_from(["bf16", "nf4"]),
-    draft=st.sampled_from(["none", "prompt-lookup", DRAFT]),
-    draft_weights=st.sampled_from(["bf16", "bnb-nf4"]),
-    depth=st.integers(0, 16),
-    speculation=st.sampled_from(["constant", "adaptive"]),
-    cache=st.sampled_from(["dynamic", "static", "quantized-4"]),
-    attention=st.sampled_from(["sdpa", "eager"]),
-    prefill_chunk=st.sampled_from([0, 512]),
-    launch=st.sampled_from(["eager", "graph", "compile"]),
+from tests.policies import (
+    BUDGET,
+    DEEP,
+    DRAFT,
+    FAST,
+    MODEL,
+    OTHER,
+    STOCK,
+    around,
+    both_finals,
+    chosen_at,
+    configurations,
+    finals,
+    policy_of,
+    printed,
+    tied_with,
 )
-
-
-def around(rate: float, spread: float = 0.01, rounds: int = 3) -> tuple[float, ...]:
-    """Rates of rounds with this median."""
-    return tuple(rate * (1 + spread * (i - (rounds - 1) / 2)) for i in range(rounds))
-
-
-def both_finals(configuration: Configuration, context: int, rate: float, **figures: Any) -> list[Record]:
-    return [synthetic_record(configuration, context, around(rate), stage="final", **figures) for _ in range(2)]
-
-
-def policy_of(
-    records: list[Record],
-    chosen: dict[int, Configuration],
-    baselines: dict[int, Configuration],
-    reloads: bool = False,
-    **workload: Any,
-) -> Policy | None:
-    return make_policy(
-        records,
-        chosen,
-        baselines,
-        reloads=reloads,
-        workload=Workload(**{"contexts": tuple(chosen)} | workload),
-        budget=BUDGET,
-        model=MODEL,
-        environment={"device": "a CPU", "versions": {"torch": "2"}},
-        workload_info={"contexts": list(workload.get("contexts", chosen)), "new_tokens": 100},
-    )
+from tests.records import synthetic_record
 
 
 def a_policy(contexts: tuple[int, ...] = (512, 2048)) -> Policy:
@@ -90,21 +54,6 @@ def a_policy(contexts: tuple[int, ...] = (512, 2048)) -> Policy:
     policy = policy_of(records, dict.fromkeys(contexts, FAST), dict.fromkeys(contexts, STOCK))
     assert policy is not None
     return policy
-
-
-def finals(rates: dict[Configuration, float], context: int = 512, spread: float = 0.01) -> list[Record]:
-    """One record each of three rounds: at a spread of 1 %, errors of 2.8 %."""
-    return [synthetic_record(c, context, around(rate, spread), stage="final") for c, rate in rates.items()]
-
-
-def tied_with(policy: Policy | None, at: int = 0) -> list[Configuration]:
-    assert policy is not None
-    return [to_configuration(tie.load, tie.settings) for tie in policy.rules[at].ties]
-
-
-def chosen_at(policy: Policy | None, context: int) -> Configuration:
-    assert policy is not None
-    return policy.configuration(policy.rule_for(context))
 
 
 @given(st.sets(st.integers(1, 10**5), min_size=1, max_size=5), st.integers(1, 10**5))
@@ -477,12 +426,6 @@ def test_with_reloads_a_rule_has_its_own_load_and_says_how_long_it_takes(tmp_pat
     jsonschema.validate(policy.model_dump(mode="json"), json.loads(SCHEMA_FILE.read_text()))
 
 
-def printed(policy: Policy) -> str:
-    console = Console(width=200, file=io.StringIO())
-    _print_policy(policy, console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
 def test_what_is_printed_says_what_one_load_costs_or_what_a_reload_takes() -> None:
     assert "one load reaches 67% at 512, 100% at 2048 of what was fastest there in the search" in printed(of_one_load())
     said = printed(of_two_loads())
@@ -515,9 +458,6 @@ def test_a_draft_model_is_looked_for_in_the_load_of_its_rule(tmp_path: Path) -> 
     (tmp_path / "policy.json").write_text(json.dumps(data))
     with pytest.raises(PolicyError, match=r"load\.draft is none"):
         Policy.load(tmp_path / "policy.json")
-
-
-OTHER = STOCK.replace(weights="quanto-int8")
 
 
 def of_one_load() -> Policy:

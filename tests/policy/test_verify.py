@@ -25,7 +25,7 @@ from autotune.policy import verify
 from autotune.policy.policy import Expected, Load, ModelInfo, Policy, PolicyError, Rule, Settings, write_policy
 from autotune.policy.verify import Verification, verify_policy
 from autotune.trial import trials as trial
-from tests.conftest import synthetic_record
+from tests.records import synthetic_record
 
 WORDS = full_precision("cpu")
 BUDGET = 1000 * MIB

@@ -22,7 +22,7 @@ from autotune.policy.compare import speedup
 from autotune.report.figures import pareto_front
 from autotune.report.page import write_report
 from autotune.report.view import RunData, describe
-from tests.conftest import synthetic_record as measured
+from tests.records import synthetic_record as measured
 
 BASELINE = Configuration(weights="bnb-nf4")
 BUDGET = 8600 * MIB

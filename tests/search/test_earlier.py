@@ -13,8 +13,8 @@ import pytest
 from autotune.config import MIB, Configuration, Record
 from autotune.results import frame
 from autotune.search.earlier import Earlier, earlier_runs, learnt_from
-from tests.conftest import synthetic_record
-from tests.search.test_study import CONTEXTS, DRAFT, MIXED, Fake, rate, search_in
+from tests.records import synthetic_record
+from tests.searches import CONTEXTS, DRAFT, MIXED, Fake, rate, search_in
 
 INFO: dict[str, Any] = {
     "drafts": [DRAFT],

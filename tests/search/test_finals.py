@@ -14,7 +14,7 @@ from autotune.search.finals import _learnt, _rivals, measure_finals, reserve
 from autotune.search.search import Search
 from autotune.search.space import Space
 from autotune.search.study import Studies
-from tests.conftest import Notes, synthetic_record
+from tests.records import Notes, synthetic_record
 
 LEADER = Configuration(weights="bnb-nf4", cache="static", prefill_chunk=256)
 STOCK = Configuration(weights="bf16")
