@@ -66,9 +66,11 @@ def _asked(
     _begin(EARLY)
     held = tl.load(tokens_ptr).to(tl.int32)
     token = row // HEADS_PER_KV
+    position = held + token
+    used = row < COUNT * HEADS_PER_KV
     query_row = (head * HEADS_PER_KV + row % HEADS_PER_KV) * head_stride + token * token_stride
     begin, stop, window_begin = _range(held, stored_ptr, part, COUNT, PARTS, 4, SLIDING, BLOCK, SHARE)
-    return head, part, query_row, held + token, row < COUNT * HEADS_PER_KV, begin, stop, window_begin
+    return head, part, query_row, position, used, begin, stop, window_begin
 
 
 @triton.jit

@@ -104,11 +104,11 @@ def _merging(maximum, scale, ASM: tl.constexpr):
 
 
 @triton.jit
-def _weighed(weights, plain, pair, less_value, rest, BFLOAT: tl.constexpr, ASM: tl.constexpr):
+def _weighed(weights, plain, pair, less_value, rest, rescale, BFLOAT: tl.constexpr, ASM: tl.constexpr):
     """Weights times the scales of a half of the channels, and what their products with codes plus 128 lack."""
     scaled = _weighted(weights, tl.broadcast_to(pair[:, None, :], weights.shape), plain, BFLOAT, ASM)
     least = tl.broadcast_to(_minimum(pair, plain, BFLOAT, ASM)[:, :, None], less_value.shape)
-    rest = tl.dot(plain, least, rest, input_precision="ieee")
+    rest = tl.dot(plain, least, rest * rescale, input_precision="ieee")
     return scaled, tl.dot(scaled, less_value, rest, input_precision="ieee")
 
 
@@ -117,8 +117,10 @@ def _recent_long(
     query_ptr,
     keys_ptr,
     values_ptr,
+    first,
     position,
     used,
+    warp,
     begin,
     stop,
     window_begin,
@@ -132,11 +134,12 @@ def _recent_long(
 ):
     """The part in full precision: each warp's maximum, sum and result."""
     RECENT: tl.constexpr = 32
-    warp = tl.arange(0, WARPS)
     channel = tl.arange(0, PADDED)
     within = (channel < DIM)[None, :]
     query = tl.load(query_ptr + channel[None, :], mask=used & within, other=0.0)
     query = tl.broadcast_to(query[None, :, :], (WARPS, EACH, PADDED))
+    keys_ptr += first
+    values_ptr += first
     maximum = tl.full([WARPS, EACH], float("-inf"), tl.float32)
     total = tl.zeros([WARPS, EACH], tl.float32)
     result = tl.zeros([WARPS, EACH, PADDED], tl.float32)
@@ -208,10 +211,12 @@ def _stored_long(
     query_ptr,
     key_codes_ptr,
     value_codes_ptr,
-    key_pairs_ptr,
+    key_ranges_ptr,
     value_ranges_ptr,
+    head,
     position,
     used,
+    warp,
     begin,
     stop,
     scale,
@@ -229,13 +234,16 @@ def _stored_long(
     """A part in 4 bits: each warp's maximum and sum, the results of a word's four codes, and what both halves lack."""
     QUARTER: tl.constexpr = DIM // 4
     HALF: tl.constexpr = DIM // 2
-    warp = tl.arange(0, WARPS)
     column = tl.arange(0, COLUMNS)
     inside = (column < QUARTER)[None, :]
     queries = query_ptr[:, :, None] + 2 * column[None, :, None] + tl.arange(0, 2)[None, None, :]
     asked = used[:, :, None] & inside[:, :, None]
     query_0, query_2 = tl.split(tl.load(queries, mask=asked, other=0.0))
     query_1, query_3 = tl.split(tl.load(queries + HALF, mask=asked, other=0.0))
+    key_codes_ptr += head * capacity * QUARTER
+    value_codes_ptr += head * capacity * QUARTER
+    key_pairs_ptr = (key_ranges_ptr + head * (capacity // BLOCK) * DIM).to(tl.pointer_type(tl.int64))
+    value_ranges_ptr += head * VALUE_GROUPS * capacity
     less_key = tl.full([WARPS, COLUMNS, 8], -128.0, query_0.dtype)
     less_value = tl.full([WARPS, BLOCK, 8], -128.0, query_0.dtype)
     maximum = tl.full([WARPS, EACH], float("-inf"), tl.float32)
@@ -272,11 +280,11 @@ def _stored_long(
         words = tl.load(value_codes_ptr + stored, mask=inside[None, :, :], other=0)
         plain = _rounded(weights, query_0, ASM)
         pair = tl.load(value_ranges_ptr + at)
-        low, rest_low = _weighed(weights, plain, pair, less_value, rest_low * rescale, BFLOAT, ASM)
+        low, rest_low = _weighed(weights, plain, pair, less_value, rest_low, rescale, BFLOAT, ASM)
         high = low
         if VALUE_GROUPS == 2:
             pair = tl.load(value_ranges_ptr + capacity + at)
-            high, rest_high = _weighed(weights, plain, pair, less_value, rest_high * rescale, BFLOAT, ASM)
+            high, rest_high = _weighed(weights, plain, pair, less_value, rest_high, rescale, BFLOAT, ASM)
         result_0 = tl.dot(low, _offset(words, query_0, 0, ASM), result_0 * rescale, input_precision="ieee")
         result_1 = tl.dot(high, _offset(words, query_0, 1, ASM), result_1 * rescale, input_precision="ieee")
         result_2 = tl.dot(low, _offset(words, query_0, 2, ASM), result_2 * rescale, input_precision="ieee")
@@ -328,6 +336,7 @@ def _part_int4_long(
     QUARTER: tl.constexpr = DIM // 4
     HALF: tl.constexpr = DIM // 2
     COLUMNS: tl.constexpr = PADDED // 4 if PADDED >= 64 else 16
+    warp = tl.arange(0, WARPS)
     row = tl.program_id(2) * EACH + tl.arange(0, EACH)
     head, part, query_row, position, used, begin, stop, window_begin = _asked(
         tokens_ptr,
@@ -349,14 +358,14 @@ def _part_int4_long(
     place = partial_ptr + out[:, None] * PADDED
     if part == PARTS - 1:
         channel = tl.arange(0, PADDED)
-        keys_ptr += head * slots * DIM
-        values_ptr += head * slots * DIM
         maximum, total, result = _recent_long(
             query_ptr,
             keys_ptr,
             values_ptr,
+            head * slots * DIM,
             position,
             used,
+            warp,
             begin,
             stop,
             window_begin,
@@ -372,18 +381,16 @@ def _part_int4_long(
         if begin < stop:
             tl.store(place + channel[None, :], _merged(result, factor), mask=used & (channel < DIM)[None, :])
     else:
-        key_codes_ptr += head * capacity * QUARTER
-        value_codes_ptr += head * capacity * QUARTER
-        key_pairs_ptr = (key_ranges_ptr + head * (capacity // BLOCK) * DIM).to(tl.pointer_type(tl.int64))
-        value_ranges_ptr += head * VALUE_GROUPS * capacity
         maximum, total, result_0, result_1, result_2, result_3, rest_low, rest_high = _stored_long(
             query_ptr,
             key_codes_ptr,
             value_codes_ptr,
-            key_pairs_ptr,
+            key_ranges_ptr,
             value_ranges_ptr,
+            head,
             position,
             used,
+            warp,
             begin,
             stop,
             scale,
