@@ -13,11 +13,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests, and work
 import optuna
 import pytest
 import sqlalchemy
+from hypothesis import HealthCheck, settings
 
 from autotune.config import Record
 from tests.records import synthetic_record
 
 MakeRecord = Callable[..., Record]
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # how fast this machine is now is no property
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,10 +20,12 @@ import jsonschema
 import optuna
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune import run
+from autotune.cli import main
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.demo import TARGET
 from autotune.model.shape import read_shape
@@ -68,11 +70,11 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-c", CLI, *words]
 
 
-def run_command(folder: Path) -> list[str]:
+def run_words(folder: Path) -> list[str]:
     options = {"--contexts": "64,128", "--new-tokens": "4", "--trials": "3", "--timeout": "5m", "--budget": "2GB"}
     options |= {"--space": str(folder / "space.toml"), "--text": str(folder / "text.txt"), "--device": "cpu"}
     options |= {"--out": str(folder / "run"), "--max-quality-loss": "1000%"}
-    return command("run", *(word for option in options.items() for word in option))
+    return ["run", *(word for option in options.items() for word in option)]
 
 
 def environment() -> dict[str, str]:
@@ -88,17 +90,25 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def finish(words: list[str]) -> str:
-    """What a command says that must succeed."""
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def finish(*words: str) -> str:
+    """What a command says that must succeed, in this process."""
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
     assert done.stderr == ""
     return done.stdout
 
 
+def refuse(*words: str) -> str:
+    """What a command complains of."""
+    done = CliRunner().invoke(main, words)
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == 2
+    return done.stderr
+
+
 def start(folder: Path, until: str) -> tuple[subprocess.Popen[str], str]:
     """A run that has just printed a line with the words, and what it printed so far."""
-    process = subprocess.Popen(run_command(folder), stdout=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(command(*run_words(folder)), stdout=subprocess.PIPE, text=True, env=environment())
     assert process.stdout is not None
     said = ""
     for line in process.stdout:
@@ -156,7 +166,11 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, list[in
 @pytest.fixture(scope="module")
 def finished(killed: tuple[Path, int, list[int]]) -> tuple[Path, str]:
     """The same run, continued to its end with the same command: its folder and what it said."""
-    return killed[0], finish(run_command(killed[0]))
+    words = command(*run_words(killed[0]))
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return killed[0], done.stdout
 
 
 def test_a_run_that_is_killed_leaves_no_worker_and_keeps_what_it_measured(killed: tuple[Path, int, list[int]]) -> None:
@@ -173,7 +187,7 @@ def test_a_run_that_is_killed_leaves_no_worker_and_keeps_what_it_measured(killed
 def test_a_report_of_a_killed_run_has_a_policy_by_what_it_measured(killed: tuple[Path, int, list[int]]) -> None:
     run = killed[0] / "run"
     wrote = f"{run}/policy.json, report.html, trials.csv: the best so far of a run that has not ended\n"
-    assert finish(command("report", str(run))) == wrote
+    assert finish("report", str(run)) == wrote
     assert "not ended: the best so far" in (run / "report.html").read_text("utf-8")
     policy = Policy.load(run / "policy.json")
     assert [rule.max_context_tokens for rule in policy.rules] == [64, 128]
@@ -233,11 +247,11 @@ def test_report_and_export_rebuild_from_what_is_stored(finished: tuple[Path, str
     before = {name: (run / name).read_bytes() for name in names}
     for name in names:
         (run / name).unlink()
-    assert finish(command("report", str(run))) == f"{run}/policy.json, report.html, trials.csv\n"
+    assert finish("report", str(run)) == f"{run}/policy.json, report.html, trials.csv\n"
     assert {name: (run / name).read_bytes() for name in names} == before
     assert b"the best so far" not in before["report.html"]
-    assert finish(command("export", str(run))).encode() == before["policy.json"]
-    finish(command("export", str(run), "--format", "csv", "--to", str(tmp_path / "a.csv")))
+    assert finish("export", str(run)).encode() == before["policy.json"]
+    finish("export", str(run), "--format", "csv", "--to", str(tmp_path / "a.csv"))
     assert (tmp_path / "a.csv").read_bytes() == before["trials.csv"]
 
 
@@ -254,22 +268,16 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(
 ) -> None:
     folder = finished[0]
     before = {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
-    words = run_command(folder) + [word for option in changes.items() for word in option]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=60, check=False)
-    assert done.returncode == 2
-    assert f"holds a run with {word}" in done.stderr
-    assert "--out" in done.stderr
-    assert "Traceback" not in done.stderr
+    said = refuse(*run_words(folder), *(word for option in changes.items() for word in option))
+    assert f"holds a run with {word}" in said
+    assert "--out" in said
     assert {path.name: path.read_bytes() for path in (folder / "run").iterdir()} == before
 
 
 def test_a_storage_of_another_workload_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
     url = f"sqlite:///{finished[0] / 'run' / 'study.db'}"
-    words = [*run_command(finished[0]), "--out", str(tmp_path / "run"), "--contexts", "64,256", "--storage", url]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=60, check=False)
-    assert done.returncode == 2
-    assert "the storage already holds a run with another workload" in done.stderr
-    assert "Traceback" not in done.stderr
+    said = refuse(*run_words(finished[0]), "--out", str(tmp_path / "run"), "--contexts", "64,256", "--storage", url)
+    assert "the storage already holds a run with another workload" in said
 
 
 def test_ctrl_c_or_sigterm_ends_with_the_best_so_far_and_after_a_text_that_was_too_short_nothing_is_in_the_way(
@@ -277,7 +285,7 @@ def test_ctrl_c_or_sigterm_ends_with_the_best_so_far_and_after_a_text_that_was_t
 ) -> None:
     folder = prepare(tmp_path)
     (folder / "short.txt").write_text("def main():\n    pass\n")
-    words = [*run_command(folder), "--text", str(folder / "short.txt")]
+    words = command(*run_words(folder), "--text", str(folder / "short.txt"))
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=100, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -109,7 +109,7 @@ steps = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), min_size=1, 
 
 
 @pytest.mark.parametrize("word", HERE)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(prompt=st.integers(1, 150), steps=steps)
 def test_rolling_back_leaves_the_cache_as_if_nothing_had_been_speculated(word, prompt, steps):
     true = states(prompt + sum(1 + kept for _, kept in steps) + 1, seed=1)
@@ -136,7 +136,7 @@ def test_rolling_back_leaves_the_cache_as_if_nothing_had_been_speculated(word, p
 
 
 @pytest.mark.parametrize("word", QUANTIZED)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(cuts=st.lists(st.integers(1, 130), min_size=1, max_size=4))
 def test_how_the_prompt_is_cut_does_not_change_what_is_stored(word, cuts):
     prompt = states(sum(cuts), seed=3)

@@ -624,7 +624,7 @@ def test_a_request_that_fails_leaves_nothing_to_go_on_from(monkeypatch):
     assert (result.tokens, result.cached_tokens) == (expected, 0)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(data=st.data())
 def test_any_conversation_is_that_of_fresh_starts(data):
     engine, history = fresh(engine_of("llama")), []
@@ -659,7 +659,7 @@ def lookup(text: list[int], depth: int) -> list[int] | None:
     return None
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(
     prompt=st.lists(st.integers(0, 4), min_size=1, max_size=30),
     steps=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=6),

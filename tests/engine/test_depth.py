@@ -70,7 +70,7 @@ def test_the_depth_follows_when_acceptance_changes() -> None:
         assert sorted(drive(rule, 0.0, linear(0.1), 200)[100:])[90] == 0
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     acceptance=st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.9]),
     share=st.sampled_from([0.01, 0.05, 0.15, 0.3, 0.6]),
@@ -107,7 +107,7 @@ def test_one_slow_step_turns_nothing() -> None:
     assert rule.choose(4) == 4
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(
     depth=st.integers(2, 16),
     steps=st.lists(st.tuples(st.integers(-1, 16), st.integers(0, 16), st.integers(0, 16)), max_size=80),

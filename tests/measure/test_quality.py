@@ -28,7 +28,7 @@ def logits_of(probabilities: list[float]) -> list[torch.Tensor]:
     return [torch.tensor(probabilities).log().repeat(TOKENS, 1)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 1000))
 def test_equal_logits_lose_nothing(seed: int) -> None:
     figures = compare(random_logits(seed), random_logits(seed), random_tokens(seed))
@@ -39,7 +39,7 @@ def test_equal_logits_lose_nothing(seed: int) -> None:
     assert figures["quality"]["reference_perplexity"] == figures["perplexity"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 1000), st.floats(-50, 50))
 def test_logits_that_are_shifted_as_a_whole_are_the_same_distribution(seed: int, shift: float) -> None:
     logits = random_logits(seed)

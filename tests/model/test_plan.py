@@ -419,7 +419,7 @@ def test_a_damaged_header_is_refused(folder, entry):
         check_folder(folder)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.binary(max_size=60), length=st.integers(0, 2**64 - 1) | st.integers(0, 70))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, text, length):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
@@ -489,7 +489,7 @@ def test_an_adaptive_depth_takes_what_the_largest_does_and_the_logits_of_the_sma
         assert second.total - first.total == kept
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(models, configurations, contexts, st.integers(0, 500), st.integers(1, 200), devices, calibrations)
 def test_the_footprint_never_falls_with_context_or_new_tokens(
     llama, hybrid, draft, model, configuration, context, more, new_tokens, device, calibration
@@ -505,7 +505,7 @@ def test_the_footprint_never_falls_with_context_or_new_tokens(
     assert at(shape, configuration, context, new_tokens=new_tokens + more, **common).total >= first.total - slack
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.sampled_from([w for w in WEIGHTS if w != "fp32"]), st.sampled_from(LM_HEADS[2:]))
 def test_quantized_weights_are_never_larger_than_bf16(llama, weights, lm_head):
     plain = at(llama, Configuration()).owners
@@ -514,7 +514,7 @@ def test_quantized_weights_are_never_larger_than_bf16(llama, weights, lm_head):
     assert quantized["lm_head"] < plain["lm_head"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(configurations, st.integers(2, 30))
 def test_the_largest_context_fits_and_one_token_more_does_not(llama, draft, configuration, gib):
     budget = Budget(gib * GIB, "cuda:0")
@@ -592,7 +592,7 @@ def test_without_records_the_default_stands():
     assert calibrate([(lost, Prediction({"base": 0}, 0, 0))], "cpu") == DEFAULT["cpu"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(
