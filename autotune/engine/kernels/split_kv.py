@@ -68,13 +68,6 @@ def _softmax(scores, maximum, total):
 
 
 @triton.jit
-def _tell(statistics_ptr, out, maximum, total, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """Leave the statistics of a part's rows for `_combine`."""
-    tl.store(statistics_ptr + out, maximum)
-    tl.store(statistics_ptr + tl.num_programs(0) * PARTS * ROWS + out, total)
-
-
-@triton.jit
 def _decoded(codes, position, channel, ok, DIM: tl.constexpr, BITS: tl.constexpr):
     """Stored codes of a tile, as float32: several channels share a byte."""
     packed: tl.constexpr = DIM * BITS // 8
@@ -124,6 +117,7 @@ def _part(
     """One part of one KV head's tokens: the unnormalized result, its running maximum and its sum."""
     head = tl.program_id(0)
     part = tl.program_id(1)
+    kv_heads = tl.num_programs(0)
     _begin(EARLY)
     row = tl.arange(0, ROWS)
     channel = tl.arange(0, PADDED)
@@ -182,7 +176,8 @@ def _part(
         result = result * rescale[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
 
     out = (head * PARTS + part) * ROWS + row
-    _tell(statistics_ptr, out, maximum, total, PARTS, ROWS)
+    tl.store(statistics_ptr + out, maximum)
+    tl.store(statistics_ptr + kv_heads * PARTS * ROWS + out, total)
     if begin < stop:
         tl.store(partial_ptr + out[:, None] * PADDED + channel[None, :], result)
 

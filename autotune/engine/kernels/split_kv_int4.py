@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .split_kv import _begin, _range, _softmax, _tell
+from .split_kv import _begin, _range, _softmax
 
 
 @triton.jit
@@ -191,7 +191,8 @@ def _part_int4(
             result_high += tl.dot(scaled_high, _plus(codes >> 4, query_low), input_precision="ieee")
 
     out = (head * PARTS + part) * ROWS + row
-    _tell(statistics_ptr, out, maximum, total, PARTS, ROWS)
+    tl.store(statistics_ptr + out, maximum)
+    tl.store(statistics_ptr + tl.num_programs(0) * PARTS * ROWS + out, total)
     if begin < stop:
         place = partial_ptr + out[:, None] * PADDED + half[None, :]
         tl.store(place, result_low, mask=inside[None, :])

@@ -7,7 +7,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .split_kv import _tell
 from .split_kv_int4 import _asked, _minimum_of, _scale_of
 
 # A 32-bit register of a GPU holds two bfloat16 numbers, or two words of four codes each. In bfloat16, 128 + code is a
@@ -418,4 +417,5 @@ def _part_int4_long(
             tl.store(even + HALF, _merged(result_1 + more_high, factor), mask=ok)
             tl.store(even + 1, _merged(result_2 + more_low, factor), mask=ok)
             tl.store(even + HALF + 1, _merged(result_3 + more_high, factor), mask=ok)
-    _tell(statistics_ptr, out, best * scale, tl.sum(total * factor, 0), PARTS, ROWS)
+    tl.store(statistics_ptr + out, best * scale)
+    tl.store(statistics_ptr + tl.num_programs(0) * PARTS * ROWS + out, tl.sum(total * factor, 0))
