@@ -350,7 +350,7 @@ def test_watching_measures_anew_in_every_round(tmp_path: Path, monkeypatch: pyte
 def test_ctrl_c_ends_the_watch_without_a_failure(tmp_path: Path) -> None:
     write_policy(policy(rate=0.5), tmp_path / "policy.json")
     code = "import signal\nfrom autotune import cli\nfrom autotune.trial import trials\n"
-    code += "trials._CARE = (1, 0.0)\n"  # one round of timing will do
+    code += "trials._CARE, trials.BUSY = (1, 0.0), 1.0\n"  # one round of timing will do, however busy the machine is
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\ncli.main()"  # background jobs ignore it
     command = [sys.executable, "-c", code, "verify", str(tmp_path / "policy.json"), "--watch"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
