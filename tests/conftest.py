@@ -6,6 +6,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests, and workers of theirs, run beside each other
@@ -50,6 +51,18 @@ def record() -> MakeRecord:
 def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """For long searches whose storage nobody opens again."""
     monkeypatch.setattr("autotune.search.study.open_storage", lambda url: optuna.storages.InMemoryStorage())
+
+
+@pytest.fixture
+def uncompiled_quanto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """quanto unpacks its bits in Python: its extension takes a minute to compile."""
+    import torch
+    from optimum.quanto.library.extensions import get_extension
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", SimpleNamespace(unpack=unpack))
 
 
 @pytest.fixture(scope="session", autouse=True)

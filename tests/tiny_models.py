@@ -108,7 +108,7 @@ def tokens(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[int]
     return torch.cat([passage, rest, passage]).tolist()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not in inference mode, in which quanto's 4 bits cannot be
 def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(torch.tensor([tokens(60)])).logits[0]
 

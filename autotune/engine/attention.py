@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..model.activations import COPIED, COPIED_BY_QUERIES
-from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers
+from .cache import GROUP, Float8Layer, QuantizedLayer, StaticLayer, layers_of
 from .support import Unsupported
 
 WORD = "split_kv"  # the knob's word, and transformers'
@@ -63,12 +63,12 @@ def bind(model: PreTrainedModel, cache: Cache | None) -> None:
     text = model.config.get_text_config(decoder=True)
     if getattr(text, "attn_logit_softcapping", None) is not None:
         raise Unsupported(f"attention = {WORD} has no soft-capping of scores, which {text.model_type} needs")
-    for layer in [] if cache is None else layers(cache):
+    for layer in [] if cache is None else layers_of(cache):
         layer.by_heads = True
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int):
-            module.kv_layer = None if cache is None else layers(cache)[index]  # type: ignore[assignment]
+            module.kv_layer = None if cache is None else layers_of(cache)[index]  # type: ignore[assignment]
 
 
 def _mask(*args: Any, q_offset: int | torch.Tensor = 0, **kwargs: Any) -> torch.Tensor | None:

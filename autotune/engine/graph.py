@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..config import Configuration, LoadGroup
 from .attention import bind
-from .cache import WINDOW, Lengths, advance, layers, lengths_on_device, restart, room, stored_tokens
+from .cache import WINDOW, Lengths, advance, layers_of, lengths_on_device, restart, room, stored_tokens
 from .fusion import Fusion
 from .runner import Runner
 from .support import Unsupported
@@ -179,7 +179,7 @@ class StepRunner(Runner):
 
     def feed(self, tokens: torch.Tensor, keep: int = 0) -> torch.Tensor:
         """As Runner's; the logits lie in a buffer that the next step of the same size overwrites."""
-        count, held = len(tokens), layers(self.cache)[0].tokens()
+        count, held = len(tokens), layers_of(self.cache)[0].tokens()
         if held + count > self.capacity:
             raise ValueError(f"{held + count} tokens do not fit a cache of {self.capacity}")
         size = min((size for size in self.sizes if size >= count), default=count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from functools import lru_cache
 
 import pytest
 import torch
@@ -45,15 +46,18 @@ def test_recorded_steps_give_the_eager_text(name: str, cache: str) -> None:
     assert engine.generate(PROMPT, eager.replace(launch="graph"), 130).tokens == expected
 
 
+@lru_cache
+def eager_text(name: str, cache: str) -> list[int]:
+    return make_engine(name).generate(PROMPT, Configuration(cache=cache), 130).tokens
+
+
 @pytest.mark.parametrize("draft", ["draft", "prompt-lookup"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_speculation_in_recorded_steps_gives_the_eager_text(name: str, cache: str, draft: str) -> None:
-    engine = make_engine(name)
-    plain = Configuration(cache=cache)
-    expected = engine.generate(PROMPT, plain, 130).tokens
-    result = engine.generate(PROMPT, plain.replace(draft=draft, depth=4, launch="graph"), 130)
-    assert result.tokens == expected
+    speculative = Configuration(cache=cache, draft=draft, depth=4, launch="graph")
+    result = make_engine(name).generate(PROMPT, speculative, 130)
+    assert result.tokens == eager_text(name, cache)
     assert result.verifications > 0
     if draft == "draft":
         assert result.accepted > 0

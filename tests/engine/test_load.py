@@ -1,7 +1,6 @@
 """Loading: the same numbers as transformers' own loader, each weight stored as asked, and nothing held twice."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -221,10 +220,7 @@ def test_what_is_quantized_by_rows_is_never_whole_on_the_device(saved, monkeypat
     assert set(sources[1:]) == {source}
 
 
-@pytest.mark.skipif(
-    "AUTOTUNE_SLOW_TESTS" not in os.environ,
-    reason="quanto-int4 compiles an extension for about a minute: set AUTOTUNE_SLOW_TESTS to run it",
-)
+@pytest.mark.usefixtures("uncompiled_quanto")
 def test_quanto_int4_is_quantized_within_its_error(saved, monkeypatch):
     monkeypatch.setitem(LAYER_BOUND, "quanto-int4", 0.2)
     model, reference = load_model(saved["llama"], weights="quanto-int4", lm_head="fp32"), stock(saved["llama"])

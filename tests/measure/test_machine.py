@@ -14,6 +14,7 @@ from autotune.measure import machine
 HOG = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass"
 
 
+@pytest.mark.alone
 def test_a_process_that_shares_its_only_processor_has_waited_for_it() -> None:
     allowed = os.sched_getaffinity(0)
     hogs = [subprocess.Popen([sys.executable, "-c", HOG], start_new_session=True) for _ in range(3)]

@@ -14,6 +14,8 @@ from torch import nn
 from autotune.engine.load import load_model, quantize_linear
 from autotune.measure.memory import module_bytes, out_of_memory
 
+pytestmark = pytest.mark.alone
+
 PRELUDE = """
 import ctypes, mmap, time
 import torch

@@ -135,6 +135,7 @@ def test_a_quantized_checkpoint_names_the_package_that_transformers_loads_it_wit
     assert "gptqmodel" not in as_transformers(policy({}))
 
 
+@pytest.mark.usefixtures("uncompiled_quanto")
 @pytest.mark.parametrize(("policy", "lost", "layer"), POLICIES.values(), ids=POLICIES)
 def test_a_file_loads_and_generates_and_says_what_it_cannot(policy: Policy, lost: list[str], layer: str) -> None:
     text = as_transformers(policy)

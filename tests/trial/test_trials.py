@@ -250,6 +250,7 @@ def test_a_measurement_is_judged_by_footprint_then_text_then_quality_then_steadi
     assert record.reason == "" or reason
 
 
+@pytest.mark.alone
 def test_the_witness_outside_sees_what_the_worker_does_not_say(trials: Trials, plant: Plant) -> None:
     assert trials.measure(BF16, 64).peak_bytes < 100 * MIB  # type: ignore[operator] # a measurement that ran has a peak
     plant("hold", bytes=600 * MIB)
@@ -274,6 +275,7 @@ def test_a_peak_is_forgotten_by_a_new_beginning_that_falls_into_a_sample() -> No
     assert witness.peak == 5
 
 
+@pytest.mark.alone
 def test_a_peak_while_loading_counts_for_every_measurement_of_the_group(trials: Trials, plant: Plant) -> None:
     plant("hold", at="load", bytes=600 * MIB)
     assert trials.measure(BF16, 64).outcome == "over_budget"

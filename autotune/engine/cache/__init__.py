@@ -3,7 +3,7 @@
 from .cache import (
     Mark,
     advance,
-    layers,
+    layers_of,
     lengths_on_device,
     make_cache,
     mark,
@@ -27,7 +27,7 @@ __all__ = [
     "QuantizedLayer",
     "StaticLayer",
     "advance",
-    "layers",
+    "layers_of",
     "lengths_on_device",
     "make_cache",
     "mark",

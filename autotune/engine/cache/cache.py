@@ -27,12 +27,12 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 @contextmanager
 def lengths_on_device(cache: Cache, lengths: Lengths) -> Iterator[None]:
     """While it holds, the layers append where `lengths` says, and their own lengths stand still (see `advance`)."""
-    for layer in layers(cache):
+    for layer in layers_of(cache):
         layer.lengths = lengths
     try:
         yield
     finally:
-        for layer in layers(cache):
+        for layer in layers_of(cache):
             layer.lengths = None
 
 
@@ -70,7 +70,7 @@ def make_cache(word: str, config: Any, capacity: int, device: str, spare: int = 
     return cache
 
 
-def layers(cache: Cache) -> list[Any]:
+def layers_of(cache: Cache) -> list[Any]:
     """The layers, which transformers types by a mixin that lacks most of their methods."""
     return cache.layers
 
@@ -82,7 +82,7 @@ def room(cache: Cache) -> int:
 
 def settle(cache: Cache) -> None:
     """All tokens so far are final: quantize the groups that have left the full-precision window."""
-    for layer in layers(cache):
+    for layer in layers_of(cache):
         if isinstance(layer, QuantizedLayer):
             layer.settle()
         elif getattr(layer, "record_past", False):
@@ -91,13 +91,13 @@ def settle(cache: Cache) -> None:
 
 def advance(cache: Cache, tokens: int) -> None:
     """A recorded step has appended `tokens` tokens."""
-    for layer in layers(cache):
+    for layer in layers_of(cache):
         layer.advance(tokens)
 
 
 def restart(cache: Cache) -> None:
     """Forget every token, and keep the memory."""
-    for layer in layers(cache):
+    for layer in layers_of(cache):
         layer.restart()
 
 
@@ -110,7 +110,7 @@ def stored_tokens(cache: Cache) -> int:
 def rollback(cache: Cache, tokens: int) -> None:
     """Forget the newest `tokens` tokens."""
     if tokens > 0:
-        for layer in layers(cache):
+        for layer in layers_of(cache):
             if layer.is_initialized:  # layers that share another's keys and values hold nothing
                 layer.crop(-tokens)
 
@@ -132,7 +132,7 @@ def mark(cache: Cache, chunk: int) -> Mark | None:
     """The state to come back to; None for a cache that keeps what it was given and can drop its newest tokens."""
     if not _quantized(cache):
         return None
-    return Mark(cache.get_seq_length(), chunk, [layer.window() for layer in layers(cache)])
+    return Mark(cache.get_seq_length(), chunk, [layer.window() for layer in layers_of(cache)])
 
 
 def resume(cache: Cache, tokens: int, chunk: int, marked: Mark | None) -> int:
@@ -147,7 +147,7 @@ def resume(cache: Cache, tokens: int, chunk: int, marked: Mark | None) -> int:
         return tokens
     if marked is None or marked.tokens > tokens or marked.chunk != chunk:
         return 0
-    for layer, window in zip(layers(cache), marked.windows, strict=True):
+    for layer, window in zip(layers_of(cache), marked.windows, strict=True):
         if window is not None:
             layer.go_back(marked.tokens, *window)
     return marked.tokens
