@@ -34,7 +34,7 @@ class Request:
     space: Space = field(default_factory=lambda: read_space("default"))
     space_name: str = "default"
     out: Path = None  # type: ignore[assignment] # filled in below
-    timeout_s: float = 600  # of the whole run
+    timeout_s: float = 780  # of the whole run
     trials: int | None = None  # measurements of the search, at most
     storage: str | None = None
     reloads: bool = False  # whether each context may have a load group of its own

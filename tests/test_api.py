@@ -7,7 +7,9 @@ import pytest
 
 import autotune
 from autotune import Budget, Policy, Request, Workload, tune
-from autotune.demo import TARGET
+from autotune.cli import main
+from autotune.demo import DRAFT, TARGET
+from autotune.options import request_of
 from autotune.policy.policy import PolicyError
 from autotune.request import NothingFits
 
@@ -56,3 +58,9 @@ def test_a_policy_is_loaded_from_its_file_or_refused_with_its_reason(tmp_path: P
     (tmp_path / "policy.json").write_text("{}")
     with pytest.raises(PolicyError, match=r"policy\.json: model: Field required"):
         Policy.load(str(tmp_path / "policy.json"))
+
+
+def test_a_request_has_the_defaults_of_the_command_line() -> None:
+    asked = request_of(main.commands["run"].make_context("run", ["--budget", "1GiB", "--device", "cpu"]).params)
+    request = Request(TARGET, Budget.of("1GiB"), drafts=[DRAFT], started=asked.started)
+    assert request == asked
