@@ -191,6 +191,11 @@ def test_a_truncated_safetensors_file_is_refused(run: Run, tmp_path: Path, kept:
     assert refuses(run("--model", "./model"), "model/model.safetensors is truncated", "download it again")
 
 
+def test_a_stop_token_that_is_none_is_refused_by_file_and_key(run: Run, tmp_path: Path) -> None:
+    (copy(TARGET, tmp_path / "model") / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    assert refuses(run("--model", "./model"), "model/generation_config.json: eos_token_id has '</s>'", "give numbers")
+
+
 def test_a_draft_with_a_vocabulary_of_another_size_is_refused(run: Run, tmp_path: Path) -> None:
     draft = copy(DRAFT, tmp_path / "draft")
     config = json.loads((draft / "config.json").read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import mib
+from .folder import GENERATION
 
 
 def fingerprint(folder: Path, phase: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def fingerprint(folder: Path, phase: Callable[[str], None] = lambda text: None) 
     the file cache then holds them for the loads that follow. Blocks sampled from them would miss a changed byte.
     """
     weights = [*sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json", folder / "config.json"]
-    tokenizer = [folder / name for name in _TOKENIZER_FILES]
+    tokenizer = [folder / name for name in _TEXT_FILES]
     paths = [path for path in weights + tokenizer if path.exists()]
     phase(f"hashing {folder.name}, {mib(sum(path.stat().st_size for path in paths))}")
     with ThreadPoolExecutor() as pool:
@@ -36,7 +37,8 @@ def fingerprint(folder: Path, phase: Callable[[str], None] = lambda text: None) 
     }
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
+# what makes tokens of a text, and ends one
+_TEXT_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", GENERATION)
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 _DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
 _DTYPE_BITS |= {"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}
@@ -24,6 +25,7 @@ class PlanError(ValueError):
 def check_folder(folder: Path) -> None:
     """Raises PlanError unless the folder holds a config.json and whole safetensors files (headers only are read)."""
     read_config(folder)
+    stop_tokens(folder)
     if read_tensors(folder):
         return
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -39,6 +41,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise PlanError(f"no {CONFIG} in {folder}; give the folder of a Hugging Face model")
     return _read_json(folder / CONFIG)
+
+
+def stop_tokens(folder: Path) -> list[int] | None:
+    """What generation_config.json ends a text with; None where there is none, and config.json says it."""
+    if not (folder / GENERATION).is_file():
+        return None
+    stop = _read_json(folder / GENERATION).get("eos_token_id")
+    tokens = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    for token in tokens:
+        if type(token) is not int or token < 0:
+            raise PlanError(f"{folder / GENERATION}: eos_token_id has {token!r}, which is no token; give numbers")
+    return tokens
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from autotune.config import LoadGroup
 from autotune.engine import support
+from autotune.engine.decode import Engine
 from autotune.engine.load import load_model, quantize_linear
 from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
@@ -363,3 +365,27 @@ def test_weights_that_are_in_no_linear_layer_are_named(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=r"quanto-int8 stores linear layers; .* in others, such as transformer\."):
         load_model(tmp_path, weights="quanto-int8", lm_head="fp32")
     assert load_model(tmp_path, weights="fp32", lm_head="fp32").config.n_embd == 32
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "stop"),
+    [
+        (5, None, {5}),
+        (5, {"eos_token_id": [6, 7]}, {6, 7}),
+        (5, {"eos_token_id": 6}, {6}),
+        (None, {"eos_token_id": 6}, {6}),
+        ([5, 6], None, {5, 6}),
+        (5, {}, set()),
+    ],
+)
+def test_stop_tokens_are_those_that_stock_ends_with(tmp_path, config, generation, stop):
+    tiny("llama").save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, "eos_token_id": config}))
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    for weights in ("fp32", "quanto-int8"):
+        engine = Engine(load_model(tmp_path, weights=weights), None, LoadGroup(), "cpu")
+        assert engine.stop_tokens == stop
+    assert Engine(stock(tmp_path), None, LoadGroup(), "cpu").stop_tokens == stop

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ...config import HEAD_WEIGHTS
 from ...model.activations import MERGED
+from ...model.folder import stop_tokens
 from ...model.stored import Packing, UnreadablePacking, read_packing
 from ..attention import register_split_kv
 from ..embedding import lock_pages
@@ -51,6 +52,9 @@ def load_model(
     if weights == "checkpoint" and packing is None:
         return _load_as_stored(folder, attention, device)
     model = _empty_model(config, dtype, attention)
+    stop = stop_tokens(Path(folder))
+    if stop is not None:
+        model.generation_config.eos_token_id = stop
     if weights not in ("bf16", "fp32", "checkpoint"):
         check_linear(model, weights)
     tensors = Tensors(Path(folder), model, packed=packing is not None)
