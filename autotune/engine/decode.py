@@ -21,7 +21,7 @@ from ..config import HEAD_WEIGHTS, Configuration, LoadGroup, draft_head
 from .cache import stored_bytes
 from .depth import PROBE, AdaptiveDepth
 from .graph import Recordings
-from .load import load_model
+from .load import lacks, load_model, usual_attention
 from .runner import Runner
 from .support import Unsupported
 
@@ -111,7 +111,7 @@ class Engine:
                 weights=group.draft_weights,
                 lm_head=draft_head(group.draft_weights, device),
                 embeddings=group.embeddings,
-                attention=group.attention,
+                attention=usual_attention(group.draft) if lacks(group.draft, group.attention) else group.attention,
                 device=device,
             )
             check_draft(target, draft)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -184,6 +184,8 @@ class Space:
                         left.append(name)
             if knob == "weights" and quantized and not left:
                 left = ["checkpoint"]  # there is no other way to load it, whatever the space hoped for
+            if knob == "attention" and choices == (Configuration.attention,) and not left:
+                left = ["eager"]  # what stock takes where the model has no sdpa
             if not left:
                 reasons = "; ".join(f"{word}: {reason}" for name, word, reason in dropped if name == knob)
                 raise SpaceError(f"no choice of [{knob}] can run here ({reasons})")
@@ -191,7 +193,8 @@ class Space:
         if not set(kept["cache"]) & set(CAPTURABLE) and "split_kv" in kept["attention"]:
             reason = "it reads a cache of fixed shape, and the space has none"
             dropped.append(("attention", "split_kv", reason))
-            kept["attention"] = tuple(word for word in kept["attention"] if word != "split_kv") or ("sdpa",)
+            stock = "eager" if _lost_sdpa(dropped) else "sdpa"
+            kept["attention"] = tuple(word for word in kept["attention"] if word != "split_kv") or (stock,)
         return dataclasses.replace(self, choices=kept, dropped=tuple(dropped))
 
 
@@ -316,13 +319,16 @@ def _impossible(
     return ""
 
 
+def _lost_sdpa(dropped: Iterable[tuple[str, str, str]]) -> bool:
+    return any((knob, word) == ("attention", "sdpa") for knob, word, _ in dropped)
+
+
 def stock_configurations(full_precision: str, space: Space) -> list[Configuration]:
     """What a user would run without tuning: unquantized, else nf4, else nf4 with the head in nf4; stock otherwise."""
     words = [full_precision, "bnb-nf4"]
     if "checkpoint" in space.choices["weights"]:
         words = ["checkpoint"]
-    lost = any((knob, word) == ("attention", "sdpa") for knob, word, _ in space.dropped)
-    attention = "eager" if lost else "sdpa"  # as transformers itself goes on where a model has no sdpa
+    attention = "eager" if _lost_sdpa(space.dropped) else "sdpa"  # as transformers itself goes on without sdpa
     lm_head = full_precision if words[0] == full_precision else Configuration.lm_head
     stock = [Configuration(weights=word, lm_head=lm_head, attention=attention) for word in words]
     return [*stock, stock[-1].replace(lm_head="nf4")] if len(stock) > 1 else stock

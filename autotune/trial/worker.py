@@ -74,11 +74,16 @@ class Worker:
 
         return {**describe(self.device), "bandwidth_bytes_per_s": bandwidth(self.device), "torch": torch.__version__}
 
-    def probe(self, words: dict[str, list[str]]) -> dict[str, dict[str, str]]:
-        """Which of the words this machine cannot run, each with its reason."""
+    def probe(self, words: dict[str, list[str]], model: str | None = None) -> dict[str, dict[str, str]]:
+        """Which of the words this machine, or the model, cannot run, each with its reason."""
+        from ..engine.load import lacks
         from ..measure.machine import probe
 
-        return probe(words, self.device, self.phase)
+        attentions = {} if model is None else {word: lacks(model, word) for word in words.get("attention", [])}
+        lacking = {word: reason for word, reason in attentions.items() if reason}
+        left = {knob: [word for word in asked if word not in lacking] for knob, asked in words.items()}
+        failed = probe(left, self.device, self.phase)
+        return failed | ({"attention": failed.get("attention", {}) | lacking} if lacking else {})
 
     def inputs(self, **request: Any) -> dict[str, Any]:
         from ..measure.inputs import prepare
@@ -127,9 +132,10 @@ class Worker:
 
         from ..config import LoadGroup
         from ..engine.decode import Engine
+        from ..engine.load import usual_attention
 
         self.phase("loading the reference")
-        group = LoadGroup(weights=weights)
+        group = LoadGroup(weights=weights, attention=usual_attention(model))
         try:
             self.engine = Engine.load(model, group, self.device)
         except torch.OutOfMemoryError:

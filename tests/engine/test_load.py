@@ -9,15 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    MptConfig,
+    PreTrainedModel,
+)
 
-from autotune.config import LoadGroup
+from autotune.config import Configuration, LoadGroup
 from autotune.engine import support
 from autotune.engine.decode import Engine
-from autotune.engine.load import load_model, quantize_linear
+from autotune.engine.load import lacks, load_model, quantize_linear, usual_attention
 from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
-from tests.tiny_models import FAMILIES, logits, tiny
+from tests.tiny_models import FAMILIES, logits, tiny, tokens
 
 # calm models: with larger weights two layers turn any rounding into another text
 CALM = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
@@ -389,3 +398,37 @@ def test_stop_tokens_are_those_that_stock_ends_with(tmp_path, config, generation
         engine = Engine(load_model(tmp_path, weights=weights), None, LoadGroup(), "cpu")
         assert engine.stop_tokens == stop
     assert Engine(stock(tmp_path), None, LoadGroup(), "cpu").stop_tokens == stop
+
+
+_SHAPE = {"vocab_size": 89, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+_IDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+WITHOUT_SDPA = {
+    "gemma2": Gemma2Config(
+        **_SHAPE, **_IDS, intermediate_size=48, num_key_value_heads=2, head_dim=8, sliding_window=48
+    ),
+    "bloom": BloomConfig(vocab_size=89, hidden_size=32, n_head=4, n_layer=2, **_IDS),
+    "gptj": GPTJConfig(vocab_size=89, n_embd=32, n_head=4, n_layer=2, rotary_dim=4, n_positions=256, **_IDS),
+    "mpt": MptConfig(vocab_size=89, d_model=32, n_heads=4, n_layers=2, max_seq_len=256, **_IDS),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_SDPA)
+def test_a_model_without_sdpa_runs_as_target_and_as_draft_with_what_it_has(tmp_path, name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(WITHOUT_SDPA[name])
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    model.save_pretrained(tmp_path / "draft")
+    tiny("llama").save_pretrained(tmp_path / "target")
+    draft = str(tmp_path / "draft")
+    assert lacks(draft, "sdpa") == f"transformers' {name} has no sdpa"
+    assert not lacks(tmp_path / "target", "sdpa")
+    prompt, lookup = tokens(60), Configuration(draft="prompt-lookup", depth=3)
+    theirs = stock(tmp_path / "draft").generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+    own = Engine.load(draft, LoadGroup("fp32", "fp32", attention=usual_attention(draft)), "cpu")
+    assert own.generate(prompt, lookup, 20).tokens == theirs[0, 60:].tolist()
+    group = LoadGroup("fp32", "fp32", draft=draft, draft_weights="fp32")
+    drafted = Engine.load(str(tmp_path / "target"), group, "cpu")
+    configuration = Configuration(draft=draft, depth=3)
+    plain = drafted.generate(prompt, Configuration(), 20).tokens
+    assert drafted.generate(prompt, configuration, 20).tokens == plain

@@ -260,6 +260,18 @@ def test_what_failed_the_probe_is_dropped_with_what_it_said() -> None:
     assert ("attention", "flash_attention_2", "not installed") in space.dropped
 
 
+def test_where_the_model_has_no_sdpa_the_baseline_and_what_was_not_asked_for_are_eager(tmp_path: Path) -> None:
+    failed = {"attention": {"sdpa": "transformers' gemma2 has no sdpa"}}
+    for toml in ("", '[cache]\nchoices = ["dynamic"]\n[attention]\nchoices = ["split_kv", "sdpa"]\n'):
+        space = space_of(tmp_path, toml).restrict(**(ON_A_CPU | {"device": "cuda", "failed": failed}))
+        assert space.choices["attention"] == ("eager",)
+        assert {configuration.attention for configuration in stock_configurations("bf16", space)} == {"eager"}
+    with pytest.raises(SpaceError, match=r"\[attention\].*flash_attention_2: not installed"):
+        space_of(tmp_path, '[attention]\nchoices = ["flash_attention_2"]\n').restrict(
+            **(ON_A_CPU | {"failed": {"attention": {"flash_attention_2": "not installed"}}})
+        )
+
+
 def test_a_knob_with_nothing_left_is_an_error_that_says_why() -> None:
     with pytest.raises(SpaceError, match=r"\[weights\].*bnb-nf4: no kernel"):
         restricted("published-8gb", failed={"weights": {"bnb-nf4": "no kernel"}})
