@@ -60,12 +60,13 @@ def check_inputs(request: Request) -> dict[str, ModelShape]:
         shapes[str(folder)] = read_shape(folder)
     target = shapes[str(request.model)]
     for draft in request.drafts:
-        if shapes[str(draft)].vocab_size != target.vocab_size:
+        words, rows = (_vocabulary(request.model), _vocabulary(draft)), shapes[str(draft)].vocab_size
+        if None in words and rows != target.vocab_size:  # nothing says that they differ in padding only
             raise PlanError(
-                f"--draft {draft} has a vocabulary of {shapes[str(draft)].vocab_size} tokens, the model has "
-                f"{target.vocab_size}: speculation needs a draft with the model's own tokenizer"
+                f"--draft {draft} has a vocabulary of {rows} tokens, the model has {target.vocab_size}, and without a "
+                "tokenizer.json in both folders nothing says that the tokens are the same: put it there"
             )
-        if None not in (words := (_vocabulary(request.model), _vocabulary(draft))) and words[0] != words[1]:
+        if None not in words and words[0] != words[1]:
             raise PlanError(
                 f"--draft {draft} has other tokens than the model: speculation needs a draft with the model's tokenizer"
             )

@@ -196,7 +196,7 @@ def test_a_stop_token_that_is_none_is_refused_by_file_and_key(run: Run, tmp_path
     assert refuses(run("--model", "./model"), "model/generation_config.json: eos_token_id has '</s>'", "give numbers")
 
 
-def test_a_draft_with_a_vocabulary_of_another_size_is_refused(run: Run, tmp_path: Path) -> None:
+def test_a_draft_of_other_padding_is_taken_and_without_a_tokenizer_it_is_refused(run: Run, tmp_path: Path) -> None:
     draft = copy(DRAFT, tmp_path / "draft")
     config = json.loads((draft / "config.json").read_text())
     (draft / "config.json").write_text(json.dumps({**config, "vocab_size": 5000}))
@@ -204,7 +204,10 @@ def test_a_draft_with_a_vocabulary_of_another_size_is_refused(run: Run, tmp_path
         shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
     rows = {name: [5000 if n == 4096 else n for n in shape] for name, shape in shapes.items()}
     save_file({name: np.zeros(shape, np.float16) for name, shape in rows.items()}, draft / "model.safetensors")
-    assert refuses(run("--draft", "./draft"), "--draft draft has a vocabulary of 5000", "the model has 4096")
+    options = ["plan", "--draft", "./draft", "--budget", "2GB", "--contexts", "64", "--space", "quick"]
+    assert CliRunner().invoke(main, options).exit_code == 0
+    (draft / "tokenizer.json").unlink()
+    assert refuses(run("--draft", "./draft"), "--draft draft has a vocabulary of 5000", "the model has 4096", "put it")
     assert not (tmp_path / "results").exists()
 
 

@@ -114,7 +114,6 @@ class Engine:
                 attention=usual_attention(group.draft) if lacks(group.draft, group.attention) else group.attention,
                 device=device,
             )
-            check_draft(target, draft)
         return cls(target, draft, group, device)
 
     @property
@@ -238,7 +237,8 @@ class Engine:
         # after a verification it has one or two tokens to see; where there was none for a while, those as well
         sizes = (1, 2) if configuration.speculation == "constant" else (1, 2, PROBE + 2)
         runner, cached = self._runner("draft", configuration, capacity, sizes, again)
-        return _ModelDraft(runner, configuration.prefill_chunk, cached, again is not None)
+        sides = _rows(runner.model), _rows(self.target)
+        return _ModelDraft(runner, configuration.prefill_chunk, cached, again is not None, *sides)
 
     def _runner(
         self,
@@ -273,11 +273,9 @@ class Engine:
         return torch.cat(rows)
 
 
-def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
-    """Speculation compares token by token: the draft must have the target's vocabulary. Raises Unsupported."""
-    ours, theirs = (model.config.get_text_config(decoder=True).vocab_size for model in (target, draft))
-    if ours != theirs:
-        raise Unsupported(f"the draft has a vocabulary of {theirs} tokens, the target of {ours}")
+def _rows(model: PreTrainedModel) -> int:
+    """The tokens that the model has an embedding for."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
 class _Plain:
@@ -323,20 +321,28 @@ class _Plain:
 
 
 class _ModelDraft:
-    """A draft model with a cache of its own. `unseen` are accepted tokens that its cache does not hold yet."""
+    """A draft model with a cache of its own. `unseen` are accepted tokens that its cache does not hold yet.
 
-    def __init__(self, runner: Runner, chunk: int, cached: int, marking: bool):
+    It has `rows` tokens, the target `vocabulary`. Those that the target lacks are never proposed; in place of one that
+    it lacks itself the draft is shown its last, which costs acceptance and no exactness.
+    """
+
+    def __init__(self, runner: Runner, chunk: int, cached: int, marking: bool, rows: int, vocabulary: int):
         self.runner, self.chunk, self.cached, self.marking = runner, chunk, cached, marking
+        self.rows, self.vocabulary = rows, vocabulary
         self.seen = 0  # accepted tokens of the result that are in the cache
 
+    def _known(self, tokens: list[int]) -> list[int]:
+        return tokens if self.rows >= self.vocabulary else [min(token, self.rows - 1) for token in tokens]
+
     def start(self, prompt: list[int], ended: Callable[[], bool] = lambda: False) -> None:
-        self.runner.prefill(prompt, self.chunk, self.cached, self.marking, ended)
+        self.runner.prefill(self._known(prompt), self.chunk, self.cached, self.marking, ended)
 
     def propose(
         self, tokens: list[int], depth: int, sampling: Sampling, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Up to `depth` tokens [k] and, when sampling, the distributions [k, vocab] that they were drawn from."""
-        unseen = torch.tensor(tokens[self.seen :], device=self.runner.device)
+        unseen = torch.tensor(self._known(tokens[self.seen :]), device=self.runner.device)
         while len(unseen) > 1 and len(unseen) + depth - 1 > self.runner.room:  # catch up, then quantize what is final
             self.runner.feed(unseen[:1], keep=1)
             self.runner.settle()
@@ -345,11 +351,12 @@ class _ModelDraft:
         drafted, probabilities = [], []
         feed = unseen
         for _ in range(depth):
-            logits = self.runner.feed(feed, keep=1)[-1]
+            logits = self.runner.feed(feed, keep=1)[-1][: self.vocabulary]
             feed = _choose(logits, sampling, generator)[None]
             drafted.append(feed)
             if sampling.temperature > 0:
-                probabilities.append(_distribution(logits, sampling))
+                own = _distribution(logits, sampling)
+                probabilities.append(torch.nn.functional.pad(own, (0, self.vocabulary - len(own))))
         self.seen += len(unseen)
         return torch.cat(drafted), torch.stack(probabilities) if probabilities else None
 

@@ -81,6 +81,8 @@ _DRAFT = """\
     if depth := settings.pop("draft_depth", 0):
         assistant.generation_config.num_assistant_tokens = depth
         settings["assistant_model"] = assistant
+        if assistant.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+            settings |= {"tokenizer": tokenizer, "assistant_tokenizer": tokenizer}  # they differ in padding
 """
 
 

@@ -827,12 +827,43 @@ def test_a_low_temperature_is_nearly_greedy_and_a_high_one_is_not():
 # ---- what does not fit
 
 
-def test_a_draft_with_another_vocabulary_is_unsupported_by_name(tmp_path):
-    tiny("llama").save_pretrained(tmp_path / "target")
-    tiny("llama", vocab_size=VOCABULARY + 3).save_pretrained(tmp_path / "draft")
-    group = LoadGroup("fp32", "fp32", draft=str(tmp_path / "draft"), draft_weights="fp32")
-    with pytest.raises(Unsupported, match="the draft has a vocabulary of 92 tokens, the target of 89"):
-        Engine.load(str(tmp_path / "target"), group, "cpu")
+def resized(model: PreTrainedModel, rows: int) -> PreTrainedModel:
+    """The model with fewer rows, or with more that are likely tokens."""
+    other = copy.deepcopy(model)
+    other.resize_token_embeddings(rows, mean_resizing=False)
+    more = other.get_output_embeddings().weight[VOCABULARY:]
+    more.data.copy_(3 * torch.randn(more.shape, generator=torch.Generator().manual_seed(2)))
+    return other.requires_grad_(False)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "quantized-4"])
+@pytest.mark.parametrize(("ours", "theirs"), [(VOCABULARY, VOCABULARY + 40), (VOCABULARY + 40, VOCABULARY), (89, 30)])
+def test_a_draft_with_more_rows_or_fewer_changes_no_text_and_proposes_none_that_one_side_lacks(cache, ours, theirs):
+    target, draft = resized(target_of("llama"), ours), resized(draft_of(target_of("llama"), 0.03), theirs)
+    engine = Engine(target, draft, GROUP, "cpu")
+    proposed: list[int] = []
+    propose = decode._ModelDraft.propose
+
+    def seen(self: Any, *arguments: Any) -> Any:
+        result = propose(self, *arguments)
+        proposed.extend(result[0].tolist())
+        assert result[1] is None or result[1].shape[-1] == ours
+        return result
+
+    prompt = tokens(70, vocabulary=ours)
+    for sampling in (Sampling(), Sampling(1.0, seed=3)):
+        plain = engine.generate(prompt, Configuration("fp32", "fp32", cache=cache), NEW_TOKENS, sampling=sampling)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode._ModelDraft, "propose", seen)
+            drafted = Configuration("fp32", "fp32", draft=DRAFT, depth=4, cache=cache)
+            text = engine.generate(prompt, drafted, NEW_TOKENS, sampling=sampling)
+        if sampling.temperature == 0:
+            assert text.tokens == plain.tokens
+            assert len(set(plain.tokens)) > 10
+        assert text.proposed > 0
+    assert max(proposed) < min(ours, theirs)
+    if ours > theirs:
+        assert max(prompt) >= theirs  # the draft was shown what it does not have
 
 
 def test_an_engine_is_loaded_with_its_draft_and_says_where_it_is(tmp_path):

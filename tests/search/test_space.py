@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from autotune.config import Configuration
 from autotune.search.space import _WORDS as KNOBS
-from autotune.search.space import BUILT_IN, CAPTURABLE, Space, SpaceError, read_space
+from autotune.search.space import BUILT_IN, CAPTURABLE, Space, SpaceError, read_space, stock_configurations
 
 BUILT_INS = ["default", "published-8gb", "quick", "wide"]
 ON_A_GPU: dict[str, Any] = {
