@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from .config import MIB, Budget, Workload, mib
 from .demo import TARGET
 from .model.calibration import DEFAULT, cheapest
 from .model.folder import PlanError, check_folder
 from .model.shape import ModelShape, read_shape
+from .model.tokenizer import check_texts, check_tokenizer, vocabulary
 from .search.space import Space, read_space
 
 
@@ -59,8 +58,11 @@ def check_inputs(request: Request) -> dict[str, ModelShape]:
         check_folder(folder)
         shapes[str(folder)] = read_shape(folder)
     target = shapes[str(request.model)]
+    check_tokenizer(request.model)
+    given = {f"--{name}": getattr(request.workload, name) for name in ("text", "prompts", "task")}
+    check_texts(request.model, target.vocab_size, {option: path for option, path in given.items() if path})
     for draft in request.drafts:
-        words, rows = (_vocabulary(request.model), _vocabulary(draft)), shapes[str(draft)].vocab_size
+        words, rows = (vocabulary(request.model), vocabulary(draft)), shapes[str(draft)].vocab_size
         if None in words and rows != target.vocab_size:  # nothing says that they differ in padding only
             raise PlanError(
                 f"--draft {draft} has a vocabulary of {rows} tokens, the model has {target.vocab_size}, and without a "
@@ -77,16 +79,6 @@ def check_inputs(request: Request) -> dict[str, ModelShape]:
             f"{longest} positions; the model has {target.max_position_embeddings}"
         )
     return shapes
-
-
-def _vocabulary(folder: Path) -> Any:
-    """Which token has which number; None where the folder has no tokenizer.json."""
-    try:
-        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise PlanError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
 
 
 class NothingFits(Exception):

@@ -196,6 +196,34 @@ def test_a_stop_token_that_is_none_is_refused_by_file_and_key(run: Run, tmp_path
     assert refuses(run("--model", "./model"), "model/generation_config.json: eos_token_id has '</s>'", "give numbers")
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_folder_without_a_tokenizer_is_refused_before_anything_is_loaded(
+    run: Run, tmp_path: Path, command: str
+) -> None:
+    model = copy(TARGET, tmp_path / "model")
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    result = CliRunner().invoke(main, [command, "--model", "./model", "--budget", "2GB"])
+    assert refuses(result, "no tokenizer in model (tokenizer.json or another)", "put the files")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')  # which has no vocabulary
+    options = ["--contexts", "64", "--space", "quick", "--budget", "2GB"]
+    assert CliRunner().invoke(main, ["plan", "--model", "./model", *options]).exit_code == 0
+
+
+@pytest.mark.parametrize("option", ["text", "prompts", "task"])
+def test_a_text_with_a_token_that_the_model_has_no_row_for_is_refused_by_file_and_key(
+    run: Run, tmp_path: Path, option: str
+) -> None:
+    model = copy(TARGET, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 4096, "content": "<|im_start|>"})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rows = [{"prompt": "<|im_start|>a", "question": "<|im_start|>a", "answer": "b"}] * 8
+    (tmp_path / "asked").write_text("\n".join(map(json.dumps, rows)))
+    words = [f"--{option} asked has '<|im_start|>', token 4096 in model/tokenizer.json", "vocab_size = 4096"]
+    assert refuses(run("--model", "./model", f"--{option}", "asked"), *words)
+
+
 def test_a_draft_of_other_padding_is_taken_and_without_a_tokenizer_it_is_refused(run: Run, tmp_path: Path) -> None:
     draft = copy(DRAFT, tmp_path / "draft")
     config = json.loads((draft / "config.json").read_text())

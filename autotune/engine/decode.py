@@ -23,7 +23,6 @@ from .depth import PROBE, AdaptiveDepth
 from .graph import Recordings
 from .load import lacks, load_model, usual_attention
 from .runner import Runner
-from .support import Unsupported
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

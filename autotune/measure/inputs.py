@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..model.folder import CONFIG
+from ..model.shape import read_shape
 
 PROMPTS = 2  # prompts per context
 SCORED = 128  # tokens scored after each window's context
@@ -25,24 +29,27 @@ def prepare(model: str, text: str, prompts: str | None, contexts: list[int], win
     """Tokenize the text file and cut prompts and windows for every context, spread over the whole text.
 
     Writes an .npz at `path` with `prompts_N` [PROMPTS, N] and `windows_N` [windows, N + SCORED] int32. A context that
-    is longer than what one prompt of the prompts file holds is filled with the prompts that follow it.
+    is longer than what one prompt of the prompts file holds is filled with the prompts that follow it. Every row begins
+    as a request does. Raises UnusableText.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer = tokenizer_of(model)
     body = Path(text).read_text(encoding="utf-8")
+    first = beginning(tokenizer)
     tokens = np.asarray(tokenizer(body, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+    check_rows(tokens, tokenizer, model, f"--text {text}")
     asked = tokens
     if prompts is not None:
         lines = [json.loads(line)["prompt"] for line in Path(prompts).read_text().splitlines() if line.strip()]
-        asked = np.concatenate([np.asarray(tokenizer(line)["input_ids"], dtype=np.int32) for line in lines])
+        ids = [tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"] for line in lines]
+        asked = np.concatenate([np.asarray(line, dtype=np.int32) for line in ids])
+        check_rows(asked, tokenizer, model, f"--prompts {prompts}")
     arrays: dict[str, np.ndarray] = {}
     for context in contexts:
         # prompts start half a window before the windows' starts, so that no prompt is also scored from its start
-        arrays[f"windows_{context}"] = _cut(tokens, context + SCORED, windows, "--text")
-        arrays[f"prompts_{context}"] = _cut(asked, context, PROMPTS, "--prompts" if prompts else "--text")
+        arrays[f"windows_{context}"] = _cut(tokens, first, context + SCORED, windows, "--text")
+        arrays[f"prompts_{context}"] = _cut(asked, first, context, PROMPTS, "--prompts" if prompts else "--text")
     np.savez(path, **arrays)  # type: ignore[arg-type]
-    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    digest = hashlib.sha256(np.asarray(first, dtype=np.int32).tobytes() + tokens.tobytes()).hexdigest()
     return {
         "text_tokens": len(tokens),
         "windows": windows,
@@ -51,13 +58,46 @@ def prepare(model: str, text: str, prompts: str | None, contexts: list[int], win
     }
 
 
-def _cut(tokens: np.ndarray, length: int, count: int, flag: str) -> np.ndarray:
-    if len(tokens) < length:
+def tokenizer_of(model: str) -> Any:
+    """The folder's tokenizer. Raises UnusableText."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UnusableText(f"no tokenizer can be made of the files in {model}: {said}") from error
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before the text of a request, such as a BOS."""
+    whole, text = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    starts = [at for at in range(len(whole)) if text and whole[at : at + len(text)] == text]
+    return whole[: starts[0]] if starts else []
+
+
+def check_rows(tokens: Sequence[int] | np.ndarray, tokenizer: Any, model: str, source: str) -> None:
+    """Raises UnusableText where the text has a token that the model has no embedding for."""
+    rows = read_shape(Path(model)).vocab_size
+    largest = int(np.max(tokens, initial=0))
+    if largest >= rows:
         raise UnusableText(
-            f"{flag} holds {len(tokens)} tokens and {length} are needed: give a longer file, or shorter --contexts"
+            f"{source} has {tokenizer.convert_ids_to_tokens(largest)!r}, token {largest} of the tokenizer, and "
+            f"{model}/{CONFIG} says vocab_size = {rows}: the model has no row for it; leave such tokens out"
         )
-    starts = np.linspace(0, len(tokens) - length, count + 2)[1:-1].astype(int)
-    rows = np.stack([tokens[start : start + length] for start in starts])
+
+
+def _cut(tokens: np.ndarray, first: list[int], length: int, count: int, flag: str) -> np.ndarray:
+    """Rows of `length` tokens, the `first` included."""
+    own = length - len(first)
+    if own < 1:
+        raise UnusableText(f"requests begin with {len(first)} tokens of the tokenizer's own: give longer --contexts")
+    if len(tokens) < own:
+        raise UnusableText(
+            f"{flag} holds {len(tokens)} tokens and {own} are needed: give a longer file, or shorter --contexts"
+        )
+    starts = np.linspace(0, len(tokens) - own, count + 2)[1:-1].astype(int)
+    rows = np.stack([np.asarray([*first, *tokens[start : start + own]], dtype=np.int32) for start in starts])
     share = min(distinct_share(row) for row in rows)
     if share < DISTINCT:
         raise UnusableText(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..config import TASK_QUESTIONS
-from .inputs import UnusableText
+from .inputs import UnusableText, check_rows, tokenizer_of
 
 ANSWER = 32  # new tokens at most; an answer ends at a line break
 FEWEST = 8  # questions, below which hardly any loss is beyond error
@@ -32,8 +32,6 @@ def prepare(model: str, task: str, room: int, path: str) -> dict[str, Any]:
     A question with its answer may take `room` tokens, what the shortest request takes, so that answering it never holds
     more memory than what is measured. Raises UnusableText.
     """
-    from transformers import AutoTokenizer
-
     try:
         body = Path(task).read_bytes()
         rows = [json.loads(line) for line in body.decode().splitlines() if line.strip()][:TASK_QUESTIONS]
@@ -42,8 +40,9 @@ def prepare(model: str, task: str, room: int, path: str) -> dict[str, Any]:
         raise UnusableText(f"--task {task} cannot be used ({error!r}): give a question and an answer a line") from None
     if len(rows) < FEWEST:
         raise UnusableText(f"--task {task} has {len(rows)} questions: give at least {FEWEST}, or no loss can be told")
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer = tokenizer_of(model)
     questions = [list(tokenizer(text)["input_ids"]) for text in texts]
+    check_rows([token for question in questions for token in question], tokenizer, model, f"--task {task}")
     longest = max(range(len(questions)), key=lambda index: len(questions[index]))
     if len(questions[longest]) + ANSWER > room:
         raise UnusableText(

@@ -76,7 +76,7 @@ def by_the_engine(policy: Policy, prompt: str) -> str:
     tokens = tokenizer(prompt)["input_ids"]
     configuration = policy.configuration(policy.rule_for(len(tokens)))
     engine = Engine.load(policy.model.path, configuration.load_group, "cpu")
-    found = engine.generate(tokens, configuration, 16, stop={engine.target.generation_config.eos_token_id})
+    found = engine.generate(tokens, configuration, 16, stop=engine.stop_tokens)
     return str(tokenizer.decode(found.tokens, skip_special_tokens=True))
 
 
