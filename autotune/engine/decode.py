@@ -164,7 +164,8 @@ class Engine:
                 tokens = [plain.next()]
             else:
                 assert drafter is not None
-                limit = min(configuration.depth, target.room - 1, new_tokens - len(result.tokens) - 1)
+                room = min(target.room, target.alike)
+                limit = min(configuration.depth, room - 1, new_tokens - len(result.tokens) - 1)
                 tokens = self._step(target, drafter, result, limit, adaptive, sampling, generator)
             stopped = next((i for i, token in enumerate(tokens) if token in stop), None)
             tokens = tokens if stopped is None else tokens[: stopped + 1]
@@ -262,7 +263,7 @@ class Engine:
         Returns [len(continuation), vocab] on the host, in the model's dtype.
         """
         target, _ = self._runner("target", configuration, len(prompt) + len(continuation), (step,))
-        logits = target.prefill(prompt, configuration.prefill_chunk)
+        logits = target.prefill(prompt, configuration.prefill_chunk, more=len(continuation) - 1)
         assert logits is not None
         rows = [logits[-1:].cpu()]
         for begin in range(0, len(continuation) - 1, step):

@@ -173,6 +173,9 @@ class StepRunner(Runner):
         self.sizes = sizes
         self._bind(self.cache)
 
+    def _restart(self) -> None:
+        restart(self.cache)
+
     def close(self) -> None:
         self.steps.clear()
         self._bind(None)
@@ -182,7 +185,11 @@ class StepRunner(Runner):
         count, held = len(tokens), layers_of(self.cache)[0].tokens()
         if held + count > self.capacity:
             raise ValueError(f"{held + count} tokens do not fit a cache of {self.capacity}")
+        if self._outgrown(tokens):
+            return self._prefill_anew()
         size = min((size for size in self.sizes if size >= count), default=count)
+        if size - count > self._same():  # what pads a step would count as text
+            size = count
         if size > LONGEST or count > room(self.cache):
             return self._forward(tokens, keep)
         self.lengths.tokens.fill_(held)
