@@ -10,7 +10,7 @@ from pathlib import Path
 from .config import MIB, Budget, Workload, mib
 from .demo import TARGET
 from .model.calibration import DEFAULT, cheapest
-from .model.folder import PlanError, check_folder
+from .model.folder import CONFIG, PlanError, check_folder
 from .model.shape import ModelShape, read_shape
 from .model.tokenizer import check_texts, check_tokenizer, vocabulary
 from .search.space import Space, read_space
@@ -76,7 +76,8 @@ def check_inputs(request: Request) -> dict[str, ModelShape]:
     if target.max_position_embeddings and longest > target.max_position_embeddings:
         raise PlanError(
             f"--contexts {max(request.workload.contexts)} with --new-tokens {request.workload.new_tokens} needs "
-            f"{longest} positions; the model has {target.max_position_embeddings}"
+            f"{longest} positions; the model has {target.max_position_embeddings}, by max_position_embeddings and the "
+            f"rope scaling of {request.model / CONFIG}"
         )
     return shapes
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .folder import CONFIG, PlanError, Tensor, read_config, read_tensors
+from .positions import positions
 from .stored import PARTS, QUANTO_GROUP, Packing, UnreadablePacking, read_packing
 
 _ELEMENT_BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2}
@@ -182,7 +183,6 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
     windows = _windows(model_type, config, count)
     if len(windows) != count or not all(window is None or type(window) is int for window in windows):
         raise ValueError("layer_types or sliding_window")
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
     layers = tuple(
         LayerShape(block.linears, block.other, block.other_stored, 0 if window == 0 else kv, window or None)
         for block, window in zip(blocks, windows, strict=False)
@@ -202,7 +202,7 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
         lm_head_elements=head,
         tied=tied,
         element_bytes=element,
-        max_position_embeddings=positions if isinstance(positions, int) else None,
+        max_position_embeddings=positions(model_type, config),
         exact=bool(tensors),
         prequantized="quantization_config" in config,
     )
