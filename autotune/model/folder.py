@@ -1,7 +1,8 @@
 """What the files of a model folder say of it: `config.json` and the headers of the safetensors files, checked.
 
 A header is 8 bytes of length and a JSON text (https://github.com/huggingface/safetensors#format). Folders are
-untrusted: nothing here reads a weight or runs code, and what is damaged is refused by the file's name.
+untrusted: nothing here runs code, and what is damaged is refused by the file's name. No weight is read, but where an
+lm_head and an embedding are compared.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
+_READ = 1 << 20  # bytes of a tensor that are compared at a time
 _DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
 _DTYPE_BITS |= {"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}
 
@@ -110,6 +112,38 @@ def _header(path: Path) -> dict[str, Tensor]:
     if 8 + length + end > size:
         raise PlanError(f"{path} is truncated: it holds {size:,} of {8 + length + end:,} bytes; download it again")
     return tensors
+
+
+def same_tensor(folder: Path, one: str, other: str) -> bool:
+    """Whether two tensors of the checkpoint hold the same bytes; they are read up to where they differ."""
+    files = _files(folder)
+    (first, begin, size), (second, at, other_size) = (_span(files[name], name) for name in (one, other))
+    if size != other_size:
+        return False
+    with first.open("rb") as left, second.open("rb") as right:
+        left.seek(begin)
+        right.seek(at)
+        while size > 0:
+            part = min(size, _READ)
+            if left.read(part) != right.read(part):
+                return False
+            size -= part
+    return True
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor."""
+    if (folder / SINGLE).is_file():
+        return dict.fromkeys(_header(folder / SINGLE), folder / SINGLE)
+    return {name: folder / file for name, file in _read_json(folder / INDEX)["weight_map"].items()}
+
+
+def _span(path: Path, name: str) -> tuple[Path, int, int]:
+    """The file, where the tensor's bytes begin in it, and how many they are."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+    return path, 8 + length + begin, end - begin
 
 
 def _tensor(entry: dict[str, Any]) -> Tensor:

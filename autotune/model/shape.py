@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .folder import CONFIG, PlanError, Tensor, read_config, read_tensors
+from .folder import CONFIG, PlanError, Tensor, read_config, read_tensors, same_tensor
 from .positions import positions
 from .stored import PARTS, QUANTO_GROUP, Packing, UnreadablePacking, read_packing
 
@@ -129,9 +129,20 @@ def read_shape(folder: Path) -> ModelShape:
     if packing is not None:
         tensors, config = _held(tensors, packing), {**config, "dtype": "bfloat16"}
     try:
-        return _shape(model_type, {**_FAMILIES.get(model_type, {}), **_without_none(config)}, tensors)
+        config = {**_FAMILIES.get(model_type, {}), **_without_none(config)}
+        if config.get("tie_word_embeddings") and _own_head(folder, tensors):
+            config["tie_word_embeddings"] = False
+        return _shape(model_type, config, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{folder / CONFIG} has an unusable value ({error}); download the model again") from error
+
+
+def _own_head(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the checkpoint's lm_head differs from its embedding: then they are not tied, whatever the config says."""
+    outside = [name for name in tensors if not _LAYER.search(name) and not _OTHER_TOWER.search(name)]
+    heads, embeddings = ([n for n in outside if kind.search(n)] for kind in (_LM_HEAD, _EMBEDDING))
+    embeddings = [name for name in embeddings if "per_layer" not in name]
+    return len(heads) == len(embeddings) == 1 and not same_tensor(folder, heads[0], embeddings[0])
 
 
 def _without_none(config: dict[str, Any]) -> dict[str, Any]:
@@ -174,6 +185,7 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
     if tensors:
         blocks, embedding, head = _sort_tensors(tensors, count)
         tied, head = (tied or head == 0), head or vocab * hidden
+        embedding = embedding or (head if tied else 0)  # a tied pair may be stored under either name
     else:
         blocks = [_formula(model_type, config, hidden, heads * head_dim, kv_heads * head_dim, element)] * count
         norms = 2 * hidden if model_type == "gpt_neox" else hidden

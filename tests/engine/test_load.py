@@ -26,6 +26,7 @@ from autotune.engine.decode import Engine
 from autotune.engine.load import lacks, load_model, quantize_linear, usual_attention
 from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
+from autotune.model.shape import read_shape
 from tests.tiny_models import FAMILIES, logits, tiny, tokens
 
 # calm models: with larger weights two layers turn any rounding into another text
@@ -432,3 +433,38 @@ def test_a_model_without_sdpa_runs_as_target_and_as_draft_with_what_it_has(tmp_p
     configuration = Configuration(draft=draft, depth=3)
     plain = drafted.generate(prompt, Configuration(), 20).tokens
     assert drafted.generate(prompt, configuration, 20).tokens == plain
+
+
+@pytest.mark.parametrize("head", ["own", "equal", "alone", "none"])
+@pytest.mark.parametrize("weights", ["fp32", "quanto-int8"])
+def test_a_head_beside_tie_word_embeddings_is_taken_as_stock_takes_it(tmp_path, head, weights):
+    model = tiny("tied-llama")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    if head == "alone":
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    elif head != "none":
+        tensors["lm_head.weight"] = embedding.flip(0) if head == "own" else embedding.clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ours, theirs = load_model(tmp_path, weights=weights, lm_head="fp32"), stock(tmp_path)
+    assert torch.equal(ours.get_output_embeddings().weight, theirs.get_output_embeddings().weight)
+    assert torch.equal(ours.get_input_embeddings().weight, theirs.get_input_embeddings().weight)
+    shared = ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
+    assert shared == (head != "own") == (theirs.lm_head.weight is theirs.model.embed_tokens.weight)
+    shape = read_shape(tmp_path)
+    assert (shape.tied, shape.embedding_elements) == (shared, embedding.numel())
+    if weights == "fp32":
+        assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_of_two_sets_of_weights_in_a_folder_plan_and_engine_take_the_one_that_stock_takes(tmp_path):
+    tiny("llama", seed=1).save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    tiny("llama", seed=2).save_pretrained(tmp_path / "both")
+    for file in (tmp_path / "sharded").glob("model*"):
+        (tmp_path / "both" / file.name).write_bytes(file.read_bytes())
+    assert_same_tensors(load_model(tmp_path / "both", weights="fp32"), stock(tmp_path / "both"))
+    assert not torch.equal(logits(stock(tmp_path / "both")), logits(stock(tmp_path / "sharded")))
+    shard = next((tmp_path / "both").glob("model-00001*"))
+    shard.write_bytes(b"")  # nobody reads it
+    assert read_shape(tmp_path / "both").exact

@@ -61,6 +61,8 @@ def load_model(
     output = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
+    if tied and output is not None:  # by the config; a head with values of its own is not, as in transformers
+        tied = not tensors.differ(f"{name_of(model, output)}.weight", f"{name_of(model, embedding)}.weight")
     groups = siblings(model) if (device != "cpu" if merge is None else merge) and weights in MERGED else {}
     groups = {name: group for name, group in groups.items() if len({tensors.packs(one) for one in group}) == 1}
     modules = list(model.named_modules())

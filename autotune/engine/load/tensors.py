@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ...model.folder import INDEX, SINGLE, same_tensor
 from ...model.stored import PARTS
 from ..support import Unsupported
 
@@ -19,6 +20,7 @@ class Tensors:
     """The checkpoint's tensors by the model's own names, read one at a time."""
 
     def __init__(self, folder: Path, model: PreTrainedModel, packed: bool = False):
+        self._folder = folder
         self._files = dict(_tensor_files(folder))
         prefix = model.base_model_prefix + "."
         wanted = set(model.state_dict())
@@ -56,6 +58,12 @@ class Tensors:
         """Whether the linear layer of this name is stored in a quantized checkpoint's 4 bits."""
         return f"{name}.qweight" in self._names
 
+    def differ(self, one: str, other: str) -> bool:
+        """Whether the checkpoint has both tensors, with values of their own."""
+        if one not in self._names or other not in self._names:
+            return False
+        return not same_tensor(self._folder, self._names[one], self._names[other])
+
     def get(self, name: str) -> torch.Tensor | None:
         from safetensors import safe_open
 
@@ -72,14 +80,12 @@ class Tensors:
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        for name, file in json.loads(index.read_text())["weight_map"].items():
-            yield name, folder / Path(file).name
+    if (folder / SINGLE).is_file():  # before an index, as transformers takes them
+        with safe_open(folder / SINGLE, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, folder / SINGLE
         return
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise Unsupported(f"{folder} has no model.safetensors: only safetensors checkpoints are read")
-    with safe_open(single, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-            yield name, single
+    if not (folder / INDEX).is_file():
+        raise Unsupported(f"{folder} has no {SINGLE}: only safetensors checkpoints are read")
+    for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items():
+        yield name, folder / Path(file).name
