@@ -197,6 +197,26 @@ def test_a_stop_token_that_is_none_is_refused_by_file_and_key(run: Run, tmp_path
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_refused_with_the_model_that_it_is_of(
+    run: Run, tmp_path: Path, command: str, whole: bool
+) -> None:
+    model = copy(TARGET, tmp_path / "model")
+    if not whole:
+        for path in model.iterdir():
+            path.unlink()
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
+    words = "model/adapter_config.json: this is an adapter of base_model_name_or_path = 'org/base'", "merge_and_unload"
+    assert refuses(CliRunner().invoke(main, [command, "--model", "./model", "--budget", "2GB"]), *words)
+    assert refuses(CliRunner().invoke(main, [command, "--draft", "./model", "--budget", "2GB"]), *words)
+
+
+def test_a_chat_template_that_is_no_text_is_refused_by_file_and_key(run: Run, tmp_path: Path) -> None:
+    (copy(TARGET, tmp_path / "model") / "chat_template.json").write_text('{"chat_template": null}')
+    assert refuses(run("--model", "./model"), "model/chat_template.json: chat_template is NoneType, not a text")
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
 def test_a_folder_without_a_tokenizer_is_refused_before_anything_is_loaded(
     run: Run, tmp_path: Path, command: str
 ) -> None:

@@ -38,7 +38,16 @@ def fingerprint(folder: Path, phase: Callable[[str], None] = lambda text: None) 
 
 
 # what makes tokens of a text, and ends one
-_TEXT_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", GENERATION)
+_TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION,
+)
 
 
 def _sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-GENERATION = "generation_config.json"
+GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 _READ = 1 << 20  # bytes of a tensor that are compared at a time
 _DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
@@ -26,6 +26,7 @@ class PlanError(ValueError):
 
 def check_folder(folder: Path) -> None:
     """Raises PlanError unless the folder holds a config.json and whole safetensors files (headers only are read)."""
+    _refuse_adapter(folder)
     read_config(folder)
     stop_tokens(folder)
     if read_tensors(folder):
@@ -35,6 +36,16 @@ def check_folder(folder: Path) -> None:
         mend = "save the model again with save_pretrained, which writes safetensors"
         raise PlanError(f"{folder} has only pickled weights ({pickled[0]}), which can run code when read; {mend}")
     raise PlanError(f"no {SINGLE} and no {INDEX} in {folder}; download the model's weights into it")
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Also beside a whole model: transformers would add it to the weights, and the engine would not."""
+    if (folder / ADAPTER).is_file():
+        base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
+        raise PlanError(
+            f"{folder / ADAPTER}: this is an adapter of base_model_name_or_path = {base!r}; merge the two (peft's "
+            "merge_and_unload), save the result, and give its folder"
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -74,8 +74,27 @@ def read_packing(quantization: object) -> Packing | None:
         raise UnreadablePacking("quantization_config.backend is 'llm-awq'; of awq only gemm is read")
     if method == "awq" and quantization.get("zero_point", True) is not True:
         raise UnreadablePacking("quantization_config.zero_point is false; of awq only checkpoints with zeros are read")
+    _refuse_overrides(quantization, {"bits": bits, "group_size": group_size, "desc_act": quantization.get("desc_act")})
     group = None if group_size == -1 else group_size
     return Packing(method, group, quantization.get("desc_act") is True, method == "gptq" and stored != "gptq_v2")
+
+
+def _refuse_overrides(quantization: Mapping[str, Any], common: Mapping[str, Any]) -> None:
+    """Raises UnreadablePacking where some modules are packed otherwise than the rest; those left unpacked are read."""
+    for key in ("dynamic", "extra_config"):
+        rules = quantization.get(key) or {}
+        if not isinstance(rules, Mapping):
+            raise UnreadablePacking(f"quantization_config.{key} is {rules!r}, which names no modules")
+        for modules, own in rules.items():
+            words = own if isinstance(own, Mapping) else {}
+            if str(modules).startswith("-:") or (type(words.get("bits")) is int and words["bits"] >= 16):
+                continue
+            for name, value in common.items():
+                if name in words and words[name] != value and (words[name] or value):
+                    raise UnreadablePacking(
+                        f"quantization_config.{key} gives {modules!r} {name} = {words[name]!r}, and the others have "
+                        f"{value!r}: one packing is read for all modules that are packed"
+                    )
 
 
 def _format(quantization: Mapping[str, Any], *keys: str) -> tuple[str, str | None]:

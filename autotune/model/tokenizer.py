@@ -9,13 +9,25 @@ from typing import Any
 
 from .folder import CONFIG, PlanError
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.json"
 _FILES = ("tokenizer.*", "vocab.*", "vocab*.json", "*.model", "*.tiktoken", "tekken.json")  # any of them holds tokens
 _BYTES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")  # those that need no file
 
 
+def chat_template(folder: Path) -> str | None:
+    """That of chat_template.json, where older checkpoints keep it; None where there is none."""
+    path = folder / TEMPLATE
+    if not path.is_file():
+        return None
+    template = _read(path).get("chat_template")
+    if not isinstance(template, str):
+        raise PlanError(f"{path}: chat_template is {type(template).__name__}, not a text; mend it or take it away")
+    return template
+
+
 def check_tokenizer(folder: Path) -> None:
-    """Raises PlanError where no file of the folder can be a tokenizer."""
+    """Raises PlanError where no file of the folder can be a tokenizer, or its chat template cannot be read."""
+    chat_template(folder)
     if any(path.is_file() for pattern in _FILES for path in folder.glob(pattern)):
         return
     config = folder / "tokenizer_config.json"

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from ..config import ALLOCATOR, MIB, LoadGroup, mib
 from ..engine.decode import Engine, Generation, Sampling
 from ..measure.memory import Meter, out_of_memory
+from ..model.tokenizer import chat_template
 from ..policy.policy import ModelInfo, Policy, PolicyError, Rule
 
 _SMALL = 64 * MIB  # bytes of a file that is hashed before it is loaded
@@ -188,6 +189,8 @@ class LLM:
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="autotune")
         self._tokenizing = threading.Lock()  # a fast tokenizer can be borrowed by one thread at a time
         self.tokenizer = AutoTokenizer.from_pretrained(policy.model.path, local_files_only=True)
+        if self.tokenizer.chat_template is None:  # transformers looks there for processors only
+            self.tokenizer.chat_template = chat_template(Path(policy.model.path))
         self._group: LoadGroup | None = None
         self._decoding.submit(self._begin).result()
         self._vocabulary = int(self._engine.target.config.get_text_config(decoder=True).vocab_size)

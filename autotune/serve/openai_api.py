@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -67,8 +68,10 @@ class APIError(Exception):
 
 
 class _Part(BaseModel):
-    type: Literal["text"]
-    text: str
+    """A part of a message; of those that are no text the type is all that is read, to refuse it by name."""
+
+    type: str
+    text: str = ""
 
 
 class Message(BaseModel):
@@ -105,6 +108,8 @@ class _Asked(BaseModel):
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     user: str | None = None
+    safety_identifier: str | None = None  # these two are hints like `user`
+    prompt_cache_key: str | None = None
 
     @property
     def new_tokens(self) -> int | None:
@@ -145,6 +150,16 @@ class ChatRequest(_Asked):
     @property
     def new_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def refuse_what_is_not_honoured(self) -> None:
+        super().refuse_what_is_not_honoured()
+        for number, message in enumerate(self.messages):
+            for index, part in enumerate(message.content if isinstance(message.content, list) else []):
+                where = f"messages.{number}.content.{index}"
+                if part.type != "text":
+                    raise APIError(400, f"{where}: this server reads text only, not {part.type}", "messages")
+                if "text" not in part.model_fields_set:
+                    raise APIError(400, f"{where}.text: Field required", "messages")
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         for number, message in enumerate(self.messages):
@@ -221,9 +236,14 @@ def conversation_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[M
 
     try:
         text = rendered(plain)
-        starts = [rendered(plain[:at]) for at, turn in enumerate(plain) if at and turn["role"] == "assistant"]
-    except TemplateError as error:
-        raise APIError(400, f"messages: the model's chat template refuses them: {error}", "messages") from None
+    except (TemplateError, ValueError) as error:  # the latter for named templates of which none is the default
+        reason = " ".join(str(error).split())
+        raise APIError(400, f"messages: the model's chat template refuses them: {reason}", "messages") from None
+    starts = []
+    for at, turn in enumerate(plain):
+        if at and turn["role"] == "assistant":
+            with suppress(TemplateError):  # it may refuse a beginning of what it takes as a whole
+                starts.append(rendered(plain[:at]))
     parts, done = [], 0
     for start in starts:
         if text.startswith(start) and len(start) > done:

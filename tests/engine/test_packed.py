@@ -284,6 +284,14 @@ def test_a_packed_checkpoint_on_a_gpu_is_near_its_weights(
         ({"quant_method": "awq", "version": "gemv"}, r"quantization_config\.version is 'gemv'"),
         ({"quant_method": "awq", "zero_point": False}, r"quantization_config\.zero_point is false"),
         ({"quant_method": "awq", "backend": "llm-awq"}, r"quantization_config\.backend is 'llm-awq'"),
+        (
+            {"dynamic": {r"+:.*\.0\..*": {"bits": 8}}},
+            r"quantization_config\.dynamic gives .*bits = 8, and the others have 4",
+        ),
+        ({"dynamic": {r".*down_proj": {"group_size": 16}}}, r"\.dynamic gives '.*down_proj' group_size = 16"),
+        ({"dynamic": {r".*down_proj": {"desc_act": True}}}, r"\.dynamic gives '.*down_proj' desc_act = True"),
+        ({"extra_config": {"model.layers.0": {"bits": 2}}}, r"\.extra_config gives 'model.layers.0' bits = 2"),
+        ({"dynamic": ["mlp"]}, r"quantization_config\.dynamic is \['mlp'\]"),
     ],
 )
 def test_a_variant_that_is_not_read_is_named(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
@@ -295,6 +303,18 @@ def test_a_variant_that_is_not_read_is_named(tmp_path: Path, changes: dict[str, 
         as_stored(tmp_path)
     with pytest.raises(PlanError, match=rf"config\.json: .*{reason}"):
         read_shape(tmp_path)
+
+
+def test_overrides_that_change_nothing_of_what_is_packed_are_read(tmp_path: Path) -> None:
+    held = save_packed(make("llama"), tmp_path, plain=("lm_head", "layers.0"), **GPTQ)
+    config = json.loads((tmp_path / "config.json").read_text())
+    same = {"bits": 4, "group_size": config["quantization_config"]["group_size"], "desc_act": False, "mse": 2.4}
+    config["quantization_config"]["dynamic"] = {r"-:model\.layers\.0\..*": {}, r"+:.*mlp.*": same}
+    config["quantization_config"]["extra_config"] = {"lm_head": {"bits": 16}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_shape(tmp_path).exact
+    found, wanted = logits(as_stored(tmp_path)), logits(held)
+    assert ((found - wanted).norm() / wanted.norm()).item() < 0.05
 
 
 NAME = "model.layers.1.mlp.up_proj"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -546,3 +546,31 @@ def test_a_model_that_changed_since_it_was_measured_is_not_deployed(tmp_path: Pa
     (folder / name).unlink()
     with pytest.raises(PolicyError, match=f"{name} is missing"):
         deploy(measured)
+
+
+TEMPLATE = "ours: {{ messages[0].content }}"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"chat_template": TEMPLATE}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": TEMPLATE}]}),
+        ("chat_template.jinja", TEMPLATE),
+        ("chat_template.json", {"chat_template": TEMPLATE}),
+    ],
+)
+def test_a_chat_template_is_found_wherever_a_checkpoint_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: Any
+) -> None:
+    model = shutil.copytree(TARGET, tmp_path / "model")
+    if isinstance(content, dict):
+        path = model / file
+        before = json.loads(path.read_text()) if path.exists() else {}
+        content = json.dumps(before | content)
+    (model / file).write_text(content)
+    monkeypatch.setattr(Engine, "load", MagicMock())  # no weight has a part in it
+    llm = LLM(policy(model), "cpu")
+    prompt = llm.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert prompt == "ours: hello"
+    assert file in fingerprint(model)["files"]

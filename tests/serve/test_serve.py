@@ -29,7 +29,14 @@ from transformers import AutoTokenizer
 from autotune.cli import main
 from autotune.demo import TARGET, held_out_text
 from autotune.policy.policy import Policy, PolicyError, write_policy
-from autotune.serve.openai_api import APIError, Message, conversation_tokens
+from autotune.serve.openai_api import (
+    APIError,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    conversation_tokens,
+    parse,
+)
 from autotune.serve.server import _body, application, bind, is_loopback, model_name
 from tests.policies import bundled_policy
 
@@ -575,6 +582,55 @@ def test_a_turn_begins_with_the_tokens_of_the_turn_before(template: str | None) 
         assert text == "Write Python.\n" + "\n".join(turn.format(number) for number in range(4)) + "\ndef f4(x):\n"
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert whole != before  # or this test's texts would not need the cuts
+
+
+NEEDS_A_USER = (
+    "{% if not (messages | selectattr('role', 'equalto', 'user') | list) %}"
+    "{{ raise_exception('nobody asks') }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+)
+
+
+def test_a_conversation_that_begins_with_a_greeting_is_taken_where_its_template_takes_it() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    tokenizer.chat_template = NEEDS_A_USER
+    messages = [Message(role="system", content="Be brief."), Message(role="assistant", content="Hello!")]
+    with pytest.raises(APIError, match="nobody asks"):
+        conversation_tokens(tokenizer, messages)
+    messages.append(Message(role="user", content="def f(x):"))
+    before = conversation_tokens(tokenizer, messages)
+    assert tokenizer.decode(before) == "system: Be brief.\nassistant: Hello!\nuser: def f(x):\n"
+    messages += [Message(role="assistant", content="    return x\n\n\n"), Message(role="user", content="more")]
+    assert conversation_tokens(tokenizer, messages)[: len(before)] == before
+
+
+def test_named_templates_without_a_default_are_a_400_and_no_crash() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    tokenizer.chat_template = {"rag": NEEDS_A_USER, "other": NEEDS_A_USER}
+    with pytest.raises(APIError, match=r"chat template refuses them: .*default"):
+        conversation_tokens(tokenizer, [Message(role="user", content="def f(x):")])
+    tokenizer.chat_template["default"] = NEEDS_A_USER
+    assert conversation_tokens(tokenizer, [Message(role="user", content="def f(x):")])
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "refusal"])
+def test_a_part_that_is_no_text_is_refused_by_place_and_type(kind: str) -> None:
+    parts = [{"type": "text", "text": "what is it?"}, {"type": kind, kind: {"url": "data:image/png;base64,AAAA"}}]
+    body = json.dumps({"model": "target", "messages": [{"role": "user", "content": parts}]}).encode()
+    with pytest.raises(
+        APIError, match=rf"^messages\.0\.content\.1: this server reads text only, not {kind}$"
+    ) as refused:
+        parse(ChatRequest, body)
+    assert refused.value.status == 400
+    with pytest.raises(APIError, match=r"^messages\.0\.content\.0\.text: Field required$"):
+        parse(ChatRequest, body.replace(b', "text": "what is it?"', b""))
+
+
+@pytest.mark.parametrize("hint", ["user", "safety_identifier", "prompt_cache_key"])
+def test_hints_that_ask_for_nothing_are_taken(hint: str) -> None:
+    asked: dict[str, Any] = {"model": "target", hint: "a"}
+    parse(ChatRequest, json.dumps(asked | {"messages": user("hello")}).encode())
+    parse(CompletionRequest, json.dumps(asked | {"prompt": "hello"}).encode())
 
 
 def test_what_the_chat_template_refuses_is_a_400(llm: FakeLLM) -> None:
