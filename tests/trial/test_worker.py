@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import Mock, call
 
 import pytest
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from autotune.config import MIB, Budget, Configuration, Record, Workload
 from autotune.demo import DRAFT, held_out_text
@@ -257,6 +258,24 @@ def test_the_probe_names_what_this_machine_cannot_run_with_the_reason(plain: Wor
     failed = plain.request("probe", 120, words={"attention": ["sdpa", "flash_attention_3"]})
     assert list(failed["attention"]) == ["flash_attention_3"]
     assert failed["attention"]["flash_attention_3"]
+
+
+def test_the_probe_names_what_the_model_lacks_and_the_reference_does_without(
+    plain: WorkerProcess, tmp_path: Path
+) -> None:
+    config = Gemma2Config(
+        vocab_size=89,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    failed = plain.request("probe", 120, words={"attention": ["eager", "sdpa"]}, model=str(tmp_path))
+    assert failed["attention"] == {"sdpa": "transformers' gemma2 has no sdpa"}
+    assert plain.request("load_reference", 120, model=str(tmp_path), weights="fp32")["how"] == "on the device"
 
 
 def test_a_text_that_is_too_short_names_the_flag_and_leaves_the_worker_usable(
