@@ -9,6 +9,9 @@ product.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from importlib.util import find_spec
 
 import torch
@@ -18,25 +21,51 @@ from ..model.activations import UNPACKED
 from .int4 import counters, multiply, pack, plane, product, unpack
 from .support import INT4_GROUP
 
-# transformers' names, in the models that have them
+# transformers' names, in the models that have them; a model may define them in any order
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# `x @ self.dt_proj.weight`, say. What is only handed to a kernel for training, on a line of its own, or only asked for
+# its size or type, is not meant.
+_READ = re.compile(
+    r"^(?!\s*(?:\w+=)?self\.\w+\.weight,\s*$).*?self\.(\w+)\.weight(?!\.(?:dtype|device|shape)|\[|\w)", re.MULTILINE
+)
 # Tokens from which unpacking the weights is worth its time, on an H200 (benchmarks/LOG.md, "4-bit products"): gate and
 # up take 71 µs by the kernel and 162 unpacked at 64 tokens, 137 and 191 at 128. More the kernel does not take.
 MANY = 128
 TILE = 128  # outputs that cuBLAS computes together; that a narrower rest is slow was argued, not measured
 
 
+def read_directly(model: nn.Module) -> set[str]:
+    """The linear layers, by name, that stay as they are: the model's code reads their weights, as some routers do."""
+    return {
+        f"{parent_name}.{name}" if parent_name else name
+        for parent_name, parent in model.named_modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, nn.Linear) and name in _weights_read(type(parent))  # type: ignore[arg-type] # mypy: no type is hashable
+    }
+
+
+@functools.cache
+def _weights_read(kind: type) -> frozenset[str]:
+    """The layers whose weights this class of transformers takes instead of calling them."""
+    try:
+        own = [inspect.getsource(part) for part in kind.__mro__ if part.__module__.startswith("transformers.models.")]
+    except OSError:  # installed without sources
+        return frozenset()
+    return frozenset(name for source in own for name in _READ.findall(source))
+
+
 def siblings(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each linear layer that can be merged with others, by name: the names of all of them, in order."""
+    """For each linear layer that can be merged with others, by name: the names of all, in the order of the model."""
     found: dict[str, tuple[str, ...]] = {}
+    taken = read_directly(model)
     for parent_name, parent in model.named_modules():
         for names in SIBLINGS:
-            layers = [getattr(parent, name, None) for name in names]
-            if not all(type(layer) is nn.Linear for layer in layers):
+            layers = {name: layer for name, layer in parent.named_children() if name in names}
+            if len(layers) < len(names) or not all(type(layer) is nn.Linear for layer in layers.values()):
                 continue
-            shapes = {(layer.in_features, layer.bias is None) for layer in layers if isinstance(layer, nn.Linear)}
-            if len(shapes) == 1:
-                group = tuple(f"{parent_name}.{name}" if parent_name else name for name in names)
+            shapes = {(layer.in_features, layer.bias is None) for layer in layers.values()}
+            group = tuple(f"{parent_name}.{name}" if parent_name else name for name in layers)
+            if len(shapes) == 1 and taken.isdisjoint(group):
                 found |= dict.fromkeys(group, group)
     return found
 
