@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..model.activations import UNPACKED
+from ..model.weights import WIDTH_4, int4_group
 from .int4 import counters, multiply, pack, plane, product, unpack
-from .support import INT4_GROUP
 
 # transformers' names, in the models that have them; a model may define them in any order
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -125,13 +125,34 @@ def int4_multiplies(device: torch.device, dtype: torch.dtype, out: int, inp: int
         and dtype == torch.bfloat16
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and inp % INT4_GROUP == 0
+        and inp % WIDTH_4 == 0
         and find_spec("triton") is not None
     )
 
 
+class Padded(nn.Module):
+    """A layer that is stored with more inputs than it has: what is added is zero, and so are its weights."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        more: int = self.linear.in_features - states.shape[-1]  # type: ignore[assignment, operator]
+        return self.linear(nn.functional.pad(states, (0, more)))  # type: ignore[no-any-return]
+
+
+def widened(linear: nn.Linear, inputs: int) -> nn.Linear:
+    """The same layer with zero weights for inputs that it does not have; consumes it."""
+    wide = nn.Linear(inputs, linear.out_features, bias=False, device="meta")
+    weight = nn.functional.pad(linear.weight.detach(), (0, inputs - linear.in_features))
+    linear.weight = None  # type: ignore[assignment]
+    wide.weight, wide.bias = nn.Parameter(weight, requires_grad=False), linear.bias
+    return wide
+
+
 class Int4Linear(nn.Module):
-    """A bfloat16 layer in 4 bits: a scale and a zero per INT4_GROUP weights, w = (16 + code) * scale + zero.
+    """A bfloat16 layer in 4 bits: a scale and a zero per `int4_group` weights, w = (16 + code) * scale + zero.
 
     With `whole` zeros, w = (16 + code + zero) * scale.
     """
@@ -149,7 +170,7 @@ class Int4Linear(nn.Module):
         # what stays is allocated before what does not, which would leave holes between the layers
         word = plane(inp)
         self.register_buffer("packed", torch.empty((inp // (4 * word), out, word), dtype=torch.int16, device=device))
-        scale_zero = torch.empty((inp // INT4_GROUP, out, 2), dtype=torch.bfloat16, device=device)
+        scale_zero = torch.empty((inp // int4_group(inp), out, 2), dtype=torch.bfloat16, device=device)
         self.register_buffer("scale_zero", scale_zero)
         self.register_buffer("counters", counters(out, device), persistent=False)
         for begin, end in _row_blocks(out, inp):
@@ -162,7 +183,7 @@ class Int4Linear(nn.Module):
     ) -> Int4Linear:
         """The layer of weights (codes - zero) * scale, whose scale is rounded to bfloat16.
 
-        `codes` [out, in] and `zero` are uint8, 0 to 15; `scale` and `zero` are [in / INT4_GROUP, out].
+        `codes` [out, in] and `zero` are uint8, 0 to 15; `scale` and `zero` are [groups, out].
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -205,7 +226,7 @@ def _quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     The codes suit the zero as it is stored: its rounding, a sixteenth of the scale at most, only moves the grid.
     """
-    grouped = weight.float().unflatten(1, (-1, INT4_GROUP))
+    grouped = weight.float().unflatten(1, (-1, int4_group(weight.shape[1])))
     low, high = torch.aminmax(grouped, dim=2, keepdim=True)
     scale = ((high - low) / 15).clamp(min=1e-8).bfloat16()
     zero = (low - 16 * scale.float()).bfloat16()

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..linear import Int4Linear, fits_int4
+from ...model.weights import FOUR_BITS, int4_group, padded
+from ..linear import Int4Linear, Padded, fits_int4, widened
 from ..support import Unsupported
 
 
@@ -24,6 +25,10 @@ def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
     if word in ("bf16", "fp32", "checkpoint"):  # a layer that a quantized checkpoint left as it was
         return linear
     assert isinstance(linear, nn.Linear)
+    width = padded(linear.in_features)
+    if word in FOUR_BITS and linear.in_features != width:
+        # bitsandbytes' kernels on a CPU would give rows the scales of their neighbours, and ours has no such groups
+        return Padded(quantize_linear(widened(linear, width), word, device))
     if word.startswith("bnb"):
         return _bitsandbytes_linear(linear, word, device)
     if word == "quanto-int4" and fits_int4(linear, device):
@@ -34,6 +39,8 @@ def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
 
     linear.to(device)
     quantized = QLinear.from_module(linear, weights=qint8 if word == "quanto-int8" else qint4)
+    if word == "quanto-int4" and linear.in_features > int4_group(linear.in_features):
+        quantized.weight_group_size = int4_group(linear.in_features)
     linear.weight = None  # type: ignore[assignment] # frees the original before the packed copy is optimized
     quantized.freeze()
     quantized.requires_grad_(False)
@@ -53,8 +60,6 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
         )
         layer.weight = layers.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     else:
-        if device == "cpu" and linear.in_features % 64:  # there its kernels give rows the scales of their neighbours
-            raise Unsupported(f"{word} on a CPU needs layers whose input is a multiple of 64, not {linear.in_features}")
         layer = layers.Linear4bit(
             linear.in_features,
             linear.out_features,
