@@ -19,6 +19,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embed_tokens_per_layer)\.")
 _LM_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output)\.weight$")
 _MATRIX = re.compile(r"^(?!.*(?:embed|wpe|norm)).*\.weight$")
+_ACROSS = ("gpt2", "openai-gpt")  # types whose layers are transformers' Conv1D
 _OTHER_TOWER = re.compile(r"(?:^|\.)(vision|visual|audio|multi_modal)")
 # What transformers fills in where a config.json leaves it out.
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
@@ -172,7 +173,7 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
     element = _ELEMENT_BYTES.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."), 2)
     tied = bool(config.get("tie_word_embeddings", False))
     if tensors:
-        blocks, embedding, head = _sort_tensors(tensors, count)
+        blocks, embedding, head = _sort_tensors(tensors, count, across=model_type in _ACROSS)
         tied, head = (tied or head == 0), head or vocab * hidden
     else:
         blocks = [_formula(model_type, config, hidden, heads * head_dim, kv_heads * head_dim, element)] * count
@@ -209,8 +210,11 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
     )
 
 
-def _sort_tensors(tensors: Mapping[str, Tensor], count: int) -> tuple[list[LayerShape], int, int]:
-    """The blocks (`count` layers, then the rest), the elements of the embedding and those of the lm_head."""
+def _sort_tensors(tensors: Mapping[str, Tensor], count: int, across: bool) -> tuple[list[LayerShape], int, int]:
+    """The blocks (`count` layers, then the rest), the elements of the embedding and those of the lm_head.
+
+    Matrices that lie `across` have a row per input.
+    """
     linears: list[list[Linear]] = [[] for _ in range(count + 1)]
     other, stored, embedding, head = [0] * (count + 1), [0] * (count + 1), 0, 0
     for name, tensor in tensors.items():
@@ -222,7 +226,8 @@ def _sort_tensors(tensors: Mapping[str, Tensor], count: int) -> tuple[list[Layer
         elif len(tensor.shape) == 2 and layer is None and _EMBEDDING.search(name):
             embedding += elements
         elif len(tensor.shape) == 2 and tensor.dtype[0] in "FBP" and _MATRIX.search(name):
-            linears[block].append(Linear(name, tensor.shape[0], tensor.shape[1], tensor.stored))
+            out, inp = reversed(tensor.shape) if across else tensor.shape
+            linears[block].append(Linear(name, out, inp, tensor.stored))
         else:
             other[block], stored[block] = other[block] + elements, stored[block] + tensor.stored
     return [LayerShape(tuple(n), o, s) for n, o, s in zip(linears, other, stored, strict=True)], embedding, head

@@ -9,12 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from autotune.engine import support
 from autotune.engine.load import load_model, quantize_linear
 from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
+from autotune.model.shape import read_shape
+from autotune.model.weights import matrix_bytes
 from tests.tiny_models import FAMILIES, logits, tiny
 
 # calm models: with larger weights two layers turn any rounding into another text
@@ -348,9 +357,48 @@ def test_loading_never_holds_more_than_the_result_and_one_tensor(tmp_path, saved
         assert seen["footprint"] * 0.9 < seen["grown"] < seen["footprint"] + seen["largest"] + slack, (what, seen)
 
 
+CROSSWISE = {
+    "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=89, n_positions=64, n_embd=64, n_layer=2, n_head=4)),
+    "falcon": FalconForCausalLM(
+        FalconConfig(vocab_size=89, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=False)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.usefixtures("uncompiled_quanto")
+@pytest.mark.parametrize("word", [*WORDS, "quanto-int4"])
+@pytest.mark.parametrize("name", CROSSWISE)
+def test_linear_layers_of_other_classes_are_quantized_as_plain_ones_would_be(tmp_path, name, word):
+    CROSSWISE[name].save_pretrained(tmp_path)
+    model = load_model(tmp_path, weights=word, lm_head="fp32")
+    linears = [linear for layer in read_shape(tmp_path).layers for linear in layer.linears]
+    assert len(linears) == 8
+    predicted = sum(matrix_bytes(word, linear, 4) for linear in linears)
+    held = [model.get_submodule(linear.name.removesuffix(".weight")) for linear in linears]
+    biases = sum(layer.bias.nbytes for layer in held if layer.bias is not None)
+    assert predicted + biases == pytest.approx(sum(module_bytes(layer) for layer in held), rel=0.01)
+    reference, count = stock(tmp_path).requires_grad_(False), 0
+    for path, module in reference.named_modules():
+        if type(module).__name__ not in ("Conv1D", "FalconLinear"):
+            continue
+        weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None).requires_grad_(False)
+        plain.weight.copy_(weight)
+        if module.bias is not None:
+            plain.bias.copy_(module.bias)
+        x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(count))
+        with torch.no_grad():
+            expected = quantize_linear(plain, word, "cpu").eval()(x)
+            assert torch.equal(model.get_submodule(path)(x), expected), path
+        assert type(model.get_submodule(path)) not in (nn.Linear, type(module))
+        count += 1
+    assert count == 8
+
+
 def test_weights_that_are_in_no_linear_layer_are_named(tmp_path: Path) -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=89, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=89, n_positions=4096, n_embd=32, n_layer=2, n_head=4))
     model.save_pretrained(tmp_path)
-    with pytest.raises(Unsupported, match=r"quanto-int8 stores linear layers; .* in others, such as transformer\."):
+    with pytest.raises(Unsupported, match=r"quanto-int8 stores linear layers; .* in others, such as transformer\.wpe"):
         load_model(tmp_path, weights="quanto-int8", lm_head="fp32")
     assert load_model(tmp_path, weights="fp32", lm_head="fp32").config.n_embd == 32

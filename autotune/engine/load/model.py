@@ -24,7 +24,7 @@ from ..linear import Merged, Slice, concatenated, siblings
 from ..support import Unsupported, compute_dtype
 from .packed import place_packed
 from .place import name_of, place, replace, trim
-from .quantize import check_linear, quantize_linear, source
+from .quantize import as_linear, check_linear, quantize_linear, quantized_linears, source
 from .tensors import Tensors
 
 
@@ -51,6 +51,7 @@ def load_model(
     if weights == "checkpoint" and packing is None:
         return _load_as_stored(folder, attention, device)
     model = _empty_model(config, dtype, attention)
+    quantized = quantized_linears(model, weights)
     if weights not in ("bf16", "fp32", "checkpoint"):
         check_linear(model, weights)
     tensors = Tensors(Path(folder), model, packed=packing is not None)
@@ -81,13 +82,17 @@ def load_model(
                 trim(device)
             continue
         on_host = (module is embedding and embeddings == "host") or name in groups
-        on_host = on_host or (type(module) is nn.Linear and source(weights, device) == "cpu")
+        on_host = on_host or (name in quantized and source(weights, device) == "cpu")
         place(module, name, tensors, dtype, "cpu" if on_host else device)
         if name in groups:
             if name == groups[name][-1]:
                 _merge(model, groups[name], weights, device)
-        elif type(module) is nn.Linear:
-            replace(model, name, quantize_linear(module, weights, device))
+        elif name in quantized:
+            linear = as_linear(module)
+            assert linear is not None
+            if linear is not module:
+                module.weight = None  # the linear layer has it, or a copy
+            replace(model, name, quantize_linear(linear, weights, device))
             trim(device)
     if output is not None and shared:
         output.weight = embedding.weight

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...model.weights import FOUR_BITS, int4_group, padded
-from ..linear import Int4Linear, Padded, fits_int4, widened
+from ..linear import Int4Linear, Padded, fits_int4, read_directly, widened
 from ..support import Unsupported
 
 
@@ -78,11 +78,37 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
     return layer  # type: ignore[no-any-return]
 
 
+def as_linear(module: nn.Module) -> nn.Linear | None:
+    """The linear layer that a module is, in one of transformers' ways: a plain one, Falcon's, or GPT-2's.
+
+    None where it is none. Falcon's writes the product out; GPT-2's weight lies across, and is turned here.
+    """
+    if type(module) is nn.Linear:
+        return module
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, nn.Parameter) or type(module).__name__ not in ("FalconLinear", "Conv1D"):
+        return None
+    weight = weight if isinstance(module, nn.Linear) else nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    linear.bias = bias  # type: ignore[assignment] # None where it has none
+    return linear
+
+
+def quantized_linears(model: nn.Module, word: str) -> set[str]:
+    """The layers, by name, that are stored as `word` says: none where that leaves weights as they are."""
+    if word in ("bf16", "fp32", "checkpoint"):
+        return set()
+    named = {name for name, module in model.named_modules() if as_linear(module) is not None}
+    return named - read_directly(model)
+
+
 def check_linear(model: PreTrainedModel, word: str) -> None:
     """Raises Unsupported where most weights are in no linear layer: they would stay as they are, and nobody be told."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    stored = quantized_linears(model, word)
     matrices = [
-        (f"{name}.{key}", type(module) is nn.Linear, parameter.numel())
+        (f"{name}.{key}", name in stored, parameter.numel())
         for name, module in model.named_modules()
         if module not in tables
         for key, parameter in module.named_parameters(recurse=False)
