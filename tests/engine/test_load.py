@@ -11,17 +11,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    CTRLConfig,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
     PreTrainedModel,
+    Zamba2Config,
+    ZambaConfig,
 )
 
 from autotune.engine import support
 from autotune.engine.load import load_model, quantize_linear
+from autotune.engine.load.quantize import quantized_linears
 from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
+from autotune.model.folder import PlanError
 from autotune.model.shape import read_shape
 from autotune.model.weights import matrix_bytes
 from tests.tiny_models import FAMILIES, logits, tiny
@@ -394,6 +400,70 @@ def test_linear_layers_of_other_classes_are_quantized_as_plain_ones_would_be(tmp
         assert type(model.get_submodule(path)) not in (nn.Linear, type(module))
         count += 1
     assert count == 8
+
+
+_SMALL = {"vocab_size": 89, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHARING = {
+    "ctrl": CTRLConfig(vocab_size=89, n_positions=64, n_embd=64, dff=96, n_layer=2, n_head=4),
+    "zamba": ZambaConfig(
+        **_SMALL,
+        intermediate_size=96,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        n_mamba_heads=2,
+        mamba_dt_rank=16,
+        use_mamba_kernels=False,
+        num_key_value_heads=4,
+    ),
+    "zamba2": Zamba2Config(
+        **_SMALL,
+        intermediate_size=96,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        hybrid_layer_ids=[1, 3],
+        n_mamba_heads=4,
+        mamba_headdim=32,
+        mamba_ngroups=1,
+        mamba_d_state=16,
+        num_mem_blocks=1,
+        use_mamba_kernels=False,
+        num_key_value_heads=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("name", SHARING)
+def test_layers_that_share_their_weights_are_read_once_and_shared(tmp_path, name, merge):
+    torch.manual_seed(0)
+    written = AutoModelForCausalLM.from_config(SHARING[name])
+    for parameter in written.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    written.save_pretrained(tmp_path)
+    reference = stock(tmp_path)
+    ids = torch.tensor([list(range(9))])
+    model = load_model(tmp_path, weights="fp32", lm_head="fp32", merge=merge)
+    expected = reference(ids, use_cache=False).logits
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    assert module_bytes(model) == pytest.approx(module_bytes(reference), rel=0.001)
+    smaller = load_model(tmp_path, weights="bnb-nf4", lm_head="fp32", merge=merge)
+    assert relative(smaller(ids, use_cache=False).logits, expected) < 0.5
+
+
+def test_a_layer_whose_weight_the_models_code_reads_is_not_quantized(tmp_path):
+    AutoModelForCausalLM.from_config(SHARING["ctrl"]).save_pretrained(tmp_path)
+    assert quantized_linears(stock(tmp_path), "fp32") == set()
+    small = {**_SMALL, "intermediate_size": 96, "num_key_value_heads": 2}
+    jamba = JambaConfig(**small, num_experts=1, num_experts_per_tok=1, use_mamba_kernels=False)
+    names = quantized_linears(AutoModelForCausalLM.from_config(jamba), "bnb-nf4")
+    assert any(name.endswith("x_proj") for name in names)
+    assert not any(name.endswith("dt_proj") for name in names)
+
+
+def test_a_type_that_no_cache_can_serve_is_refused_before_its_weights_are_looked_for(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "cpmant"}))
+    with pytest.raises(Unsupported, match="cpmant puts tokens of its own before every text"):
+        load_model(tmp_path, weights="fp32")
+    with pytest.raises(PlanError, match="cpmant puts tokens of its own before every text"):
+        read_shape(tmp_path)
 
 
 def test_weights_that_are_in_no_linear_layer_are_named(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ...config import HEAD_WEIGHTS
 from ...model.activations import MERGED
+from ...model.folder import REFUSED
 from ...model.stored import Packing, UnreadablePacking, read_packing
 from ..attention import register_split_kv
 from ..embedding import lock_pages
@@ -46,6 +47,8 @@ def load_model(
     if attention == "split_kv":
         register_split_kv(device)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.model_type in REFUSED:
+        raise Unsupported(f"{config.model_type} {REFUSED[config.model_type]}")
     dtype = compute_dtype(weights, device)
     packing = _check_quantized(config, weights, lm_head, embeddings)
     if weights == "checkpoint" and packing is None:
@@ -60,7 +63,8 @@ def load_model(
     tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
     groups = siblings(model) if (device != "cpu" if merge is None else merge) and weights in MERGED else {}
     groups = {name: group for name, group in groups.items() if len({tensors.packs(one) for one in group}) == 1}
-    modules = list(model.named_modules())
+    twins = _twins(model)
+    modules = [(name, module) for name, module in model.named_modules() if name not in twins]
     shared = tied and lm_head in ("bf16", "fp32") and embeddings == "device"
     if output is not None and not shared:
         # first, while the device is empty: it is the largest matrix, and quantizing it takes it whole
@@ -69,7 +73,9 @@ def load_model(
             place_packed(model, (name,), tensors, packing, dtype, device)
         else:
             word = HEAD_WEIGHTS.get(lm_head, lm_head)
-            place(output, name_of(model, embedding) if tied else name, tensors, dtype, source(word, device))
+            place(output, name, tensors, dtype, source(word, device))
+            if tied:  # that was its bias
+                place(output, name_of(model, embedding), tensors, dtype, source(word, device))
             replace(model, name, quantize_linear(output, word, device))
         trim(device)
     for name, module in modules:
@@ -95,7 +101,10 @@ def load_model(
             replace(model, name, quantize_linear(linear, weights, device))
             trim(device)
     if output is not None and shared:
+        place(output, name_of(model, output), tensors, dtype, device)  # its bias
         output.weight = embedding.weight
+    for name, original in twins.items():
+        replace(model, name, model.get_submodule(original))
     leftovers = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if leftovers:
         raise Unsupported(f"the checkpoint has no tensor for {leftovers[0]} ({len(leftovers)} missing in all)")
@@ -104,6 +113,20 @@ def load_model(
     if device == "cpu" and dtype == torch.bfloat16:
         use_grouped(model)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _twins(model: PreTrainedModel) -> dict[str, str]:
+    """The modules, by name, whose weights are those of another: the other's name. The lm_head is not meant."""
+    tied: dict[str, str] = dict(model.all_tied_weights_keys)
+    output = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        originals = {
+            tied.get(f"{name}.{key}", "").rpartition(".")[0] for key, _ in module.named_parameters(recurse=False)
+        }
+        if module is not output and len(originals) == 1 and "" not in originals:
+            found[name] = originals.pop()
+    return found
 
 
 def _merge(model: nn.Module, names: tuple[str, ...], weights: str, device: str) -> None:
