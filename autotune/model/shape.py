@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .folder import CONFIG, PlanError, Tensor, read_config, read_tensors
+from .loaded import loaded
 from .stored import PARTS, QUANTO_GROUP, Packing, UnreadablePacking, read_packing
 
 # By the words of a config.json's torch_dtype.
@@ -19,7 +21,6 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embed_tokens_per_layer)\.")
 _LM_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output)\.weight$")
 _MATRIX = re.compile(r"^(?!.*(?:embed|wpe|norm)).*\.weight$")
-_ACROSS = ("gpt2", "openai-gpt")  # types whose layers are transformers' Conv1D
 _OTHER_TOWER = re.compile(r"(?:^|\.)(vision|visual|audio|multi_modal)")
 # What transformers fills in where a config.json leaves it out.
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
@@ -76,6 +77,7 @@ class ModelShape:
     max_position_embeddings: int | None
     exact: bool  # read from tensor headers, not from formulas
     prequantized: bool
+    left_out_bytes: int = 0  # of the checkpoint's other towers, which are not loaded
 
     @property
     def parameters(self) -> int:
@@ -118,7 +120,7 @@ def read_shape(folder: Path) -> ModelShape:
     whole = read_config(folder)
     text = whole.get("text_config")
     config = {**whole, **_without_none(text)} if isinstance(text, dict) else whole
-    tensors = read_tensors(folder)
+    tensors, left_out = loaded(whole, read_tensors(folder))
     model_type = str(config.get("model_type", "unknown"))
     if not tensors and model_type not in _FAMILIES:
         mend = f"put its safetensors beside it, or use one of {', '.join(_FAMILIES)}"
@@ -130,9 +132,10 @@ def read_shape(folder: Path) -> ModelShape:
     if packing is not None:
         tensors, config = _held(tensors, packing), {**config, "dtype": "bfloat16"}
     try:
-        return _shape(model_type, {**_FAMILIES.get(model_type, {}), **_without_none(config)}, tensors)
+        shape = _shape(model_type, {**_FAMILIES.get(model_type, {}), **_without_none(config)}, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{folder / CONFIG} has an unusable value ({error}); download the model again") from error
+    return dataclasses.replace(shape, left_out_bytes=left_out)
 
 
 def _without_none(config: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +176,7 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
     element = _ELEMENT_BYTES.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."), 2)
     tied = bool(config.get("tie_word_embeddings", False))
     if tensors:
-        blocks, embedding, head = _sort_tensors(tensors, count, across=model_type in _ACROSS)
+        blocks, embedding, head = _sort_tensors(tensors, count)
         tied, head = (tied or head == 0), head or vocab * hidden
     else:
         blocks = [_formula(model_type, config, hidden, heads * head_dim, kv_heads * head_dim, element)] * count
@@ -210,11 +213,8 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
     )
 
 
-def _sort_tensors(tensors: Mapping[str, Tensor], count: int, across: bool) -> tuple[list[LayerShape], int, int]:
-    """The blocks (`count` layers, then the rest), the elements of the embedding and those of the lm_head.
-
-    Matrices that lie `across` have a row per input.
-    """
+def _sort_tensors(tensors: Mapping[str, Tensor], count: int) -> tuple[list[LayerShape], int, int]:
+    """The blocks (`count` layers, then the rest), the elements of the embedding and those of the lm_head."""
     linears: list[list[Linear]] = [[] for _ in range(count + 1)]
     other, stored, embedding, head = [0] * (count + 1), [0] * (count + 1), 0, 0
     for name, tensor in tensors.items():
@@ -226,8 +226,7 @@ def _sort_tensors(tensors: Mapping[str, Tensor], count: int, across: bool) -> tu
         elif len(tensor.shape) == 2 and layer is None and _EMBEDDING.search(name):
             embedding += elements
         elif len(tensor.shape) == 2 and tensor.dtype[0] in "FBP" and _MATRIX.search(name):
-            out, inp = reversed(tensor.shape) if across else tensor.shape
-            linears[block].append(Linear(name, out, inp, tensor.stored))
+            linears[block].append(Linear(name, tensor.shape[0], tensor.shape[1], tensor.stored))
         else:
             other[block], stored[block] = other[block] + elements, stored[block] + tensor.stored
     return [LayerShape(tuple(n), o, s) for n, o, s in zip(linears, other, stored, strict=True)], embedding, head

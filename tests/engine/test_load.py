@@ -7,21 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CTRLConfig,
     FalconConfig,
     FalconForCausalLM,
+    Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
     JambaConfig,
+    LlavaConfig,
     PreTrainedModel,
     Zamba2Config,
     ZambaConfig,
 )
 
+from autotune import cli
+from autotune.config import mib
 from autotune.engine import support
 from autotune.engine.load import load_model, quantize_linear
 from autotune.engine.load.quantize import quantized_linears
@@ -29,7 +35,7 @@ from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
 from autotune.model.folder import PlanError
 from autotune.model.shape import read_shape
-from autotune.model.weights import matrix_bytes
+from autotune.model.weights import matrix_bytes, model_bytes
 from tests.tiny_models import FAMILIES, logits, tiny
 
 # calm models: with larger weights two layers turn any rounding into another text
@@ -456,6 +462,63 @@ def test_a_layer_whose_weight_the_models_code_reads_is_not_quantized(tmp_path):
     names = quantized_linears(AutoModelForCausalLM.from_config(jamba), "bnb-nf4")
     assert any(name.endswith("x_proj") for name in names)
     assert not any(name.endswith("dt_proj") for name in names)
+
+
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION |= {"image_size": 28, "patch_size": 14}
+_TEXT = {**_SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "eos_token_id": 3}
+
+
+def wrapper(name: str) -> PreTrainedModel:
+    """A multimodal model whose text tower is tied by the whole's config, or by nothing; with two tokens to end with."""
+    if name == "gemma3":  # stock loads it whole as a causal model
+        text = {**_TEXT, "head_dim": 16, "bos_token_id": 1, "pad_token_id": 0}
+        config = Gemma3Config(text_config=text, vision_config=_VISION, mm_tokens_per_image=4, eos_token_id=[3, 5])
+        config.image_token_index = config.image_token_id = 88
+    else:  # stock knows it as no causal model
+        text = {"model_type": "llama", **_TEXT}
+        config = LlavaConfig(text_config=text, vision_config={"model_type": "clip_vision_model", **_VISION})
+        config.tie_word_embeddings, config.eos_token_id = name == "tied llava", [3, 5]
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "tied llava"])
+def test_of_a_multimodal_model_the_text_tower_alone_is_loaded_and_planned(tmp_path, name):
+    whole = wrapper(name)
+    whole.save_pretrained(tmp_path)
+    model = load_model(tmp_path, weights="fp32", lm_head="fp32")
+    ids = torch.tensor([list(range(9, 29))])
+    torch.testing.assert_close(model(ids).logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert not any("vision" in path for path, _ in model.named_modules())
+    assert model.generation_config.eos_token_id == [3, 5]
+    shape = read_shape(tmp_path)
+    assert sum(model_bytes(shape, "fp32", "fp32", "device")) == parameter_bytes(model)
+    assert shape.left_out_bytes == parameter_bytes(whole) - parameter_bytes(model) > 0
+    words = [
+        "plan",
+        "--model",
+        str(tmp_path),
+        "--budget",
+        "1GB",
+        "--device",
+        "cpu",
+        "--contexts",
+        "64",
+        "--new-tokens",
+        "8",
+    ]
+    answer = CliRunner().invoke(cli.main, words)
+    assert f"The text tower alone: {mib(shape.left_out_bytes)} of other towers" in answer.output
+    quantized = load_model(tmp_path, weights="bnb-nf4", lm_head="nf4")
+    assert type(quantized.get_output_embeddings()) is not nn.Linear
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_a_type_that_no_cache_can_serve_is_refused_before_its_weights_are_looked_for(tmp_path):

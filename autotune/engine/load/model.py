@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from ...config import HEAD_WEIGHTS
 from ...model.activations import MERGED
@@ -144,13 +150,31 @@ def _merge(model: nn.Module, names: tuple[str, ...], weights: str, device: str) 
 def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
+    text = _text_tower(config)
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
-                config, dtype=dtype, attn_implementation=attention
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config if text is None else text, dtype=dtype, attn_implementation=attention
             )
     except (ImportError, ValueError) as error:  # transformers' words for an attention that this model or machine lacks
         raise Unsupported(str(error)) from error
+    if text is not None:  # the whole model's config has the tokens that end a text
+        model.generation_config = GenerationConfig.from_model_config(config)
+    return model
+
+
+def _text_tower(config: Any) -> Any:
+    """The config of a multimodal model's text tower, where that is a model of its own; else None.
+
+    It is tied as stock ties it: by the whole model's config, but where transformers loads the tower alone as well.
+    """
+    text = config.get_text_config(decoder=True)
+    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    own: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if own is None or own.config_class is not type(text):
+        text.tie_word_embeddings = config.tie_word_embeddings
+    return text
 
 
 def _check_quantized(config: Any, weights: str, lm_head: str, embeddings: str) -> Packing | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ...model.loaded import TOWER
 from ...model.stored import PARTS
 from ..support import Unsupported
 
@@ -27,7 +28,8 @@ class Tensors:
             wanted |= {f"{name}.{part}" for name in linears for part in PARTS}
         self._names = {}
         for name in self._files:
-            for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            text = _text_name(name)
+            for candidate in (name, prefix + name, name.removeprefix(prefix), text, prefix + text):
                 if candidate in wanted:
                     self._names[candidate] = name
                     break
@@ -50,7 +52,7 @@ class Tensors:
                 raise Unsupported(f"the checkpoint has no tensor for {min(report['missing_keys'])}")
             for name, stored, wanted_shape in sorted(report["mismatched_keys"]):
                 raise Unsupported(f"{name} has shape {tuple(stored)}, the config says {tuple(wanted_shape)}")
-            self._converted = whole.state_dict()
+            self._converted = {_text_name(name): tensor for name, tensor in whole.state_dict().items()}
 
     def packs(self, name: str) -> bool:
         """Whether the linear layer of this name is stored in a quantized checkpoint's 4 bits."""
@@ -67,6 +69,11 @@ class Tensors:
         # Opened anew for each tensor: while a file stays mapped, every page once read counts as the process's memory.
         with safe_open(self._files[stored], framework="pt") as file:
             return file.get_tensor(stored)  # type: ignore[no-any-return]
+
+
+def _text_name(name: str) -> str:
+    """What a tensor of a multimodal model's text tower is called in the tower's own model."""
+    return TOWER.sub(r"\1", name, count=1)
 
 
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
