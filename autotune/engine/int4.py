@@ -1,8 +1,9 @@
 """A product of a few tokens with 4-bit weights, whose time is that of reading the weights once.
 
-A weight is (16 + code) * scale + zero, rounded once to bfloat16, with a scale and a zero for INT4_GROUP weights along
-the input; or, where somebody else chose the codes, exactly (16 + code + zero) * scale, with a whole zero. 16 + code is
-a bfloat16 number whose mantissa holds the code's bits: a shift and a mask make two of them, a multiply-add two weights.
+A weight is (16 + code) * scale + zero, rounded once to bfloat16, with a scale and a zero for a group of 128 weights
+along the input, or of 64 where 128 do not divide it; or, where somebody else chose the codes, exactly
+(16 + code + zero) * scale, with a whole zero. 16 + code is a bfloat16 number whose mantissa holds the code's bits: a
+shift and a mask make two of them, a multiply-add two weights.
 Nothing has to move between threads for that, since the weights are packed to suit: a 16-bit word holds the codes of one
 output at four inputs that lie PLANE apart, and so each of its four planes goes into a tensor core's product of its own.
 
@@ -14,8 +15,6 @@ from __future__ import annotations
 
 import torch
 
-from .support import INT4_GROUP
-
 ROWS = 16  # tokens that one program multiplies at most: chosen, not measured; up to 8 it multiplies 8
 _NARROW = 32  # the fewest outputs of a program, as `_tiles` has them
 _MOST = 128  # tokens of one call: from there on weights are unpacked (linear.MANY)
@@ -23,7 +22,7 @@ _MOST = 128  # tokens of one call: from there on weights are unpacked (linear.MA
 
 def plane(columns: int) -> int:
     """How far apart along the input the four codes of a word are."""
-    return 64 if columns % 256 == 0 else 32
+    return 64 if columns % 256 == 0 else 32 if columns % 128 == 0 else 16
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -40,7 +39,7 @@ def unpack_slowly(packed: torch.Tensor, scale_zero: torch.Tensor, whole: bool = 
     shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=packed.device)[:, None]
     codes = (packed.to(torch.int32)[:, :, None] >> shifts & 15).transpose(0, 1).flatten(1)
     scale, zero = scale_zero.transpose(0, 1).float().split(1, dim=2)
-    numbers = (codes + 16).float().unflatten(1, (-1, INT4_GROUP))
+    numbers = (codes + 16).float().unflatten(1, (len(scale_zero), -1))
     weights = (numbers + zero) * scale if whole else torch.addcmul(zero, numbers, scale)
     return weights.flatten(1).bfloat16()
 
@@ -61,7 +60,7 @@ def unpack(packed: torch.Tensor, scale_zero: torch.Tensor, begin: int, end: int,
         ASM=kernels.weight_assembly(whole) if packed.is_cuda else None,
         WHOLE=whole,
         PLANE=word,
-        GROUP=INT4_GROUP,
+        GROUP=blocks * 4 * word // len(scale_zero),
         BLOCK=32,
     )
     return weights
@@ -124,7 +123,7 @@ def multiply(
         OUTPUTS=outputs,
         TOKENS=tokens,
         PLANE=word,
-        GROUP=INT4_GROUP,
+        GROUP=blocks * 4 * word // len(scale_zero),
         SHARED=shares > 1,
         STAGES=stages,
         num_warps=warps,

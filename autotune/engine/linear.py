@@ -9,34 +9,63 @@ product.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 from ..model.activations import UNPACKED
+from ..model.weights import WIDTH_4, int4_group
 from .int4 import counters, multiply, pack, plane, product, unpack
-from .support import INT4_GROUP
 
-# transformers' names, in the models that have them
+# transformers' names, in the models that have them; a model may define them in any order
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# `x @ self.dt_proj.weight`, say. What is only handed to a kernel for training, on a line of its own, or only asked for
+# its size or type, is not meant.
+_READ = re.compile(
+    r"^(?!\s*(?:\w+=)?self\.\w+\.weight,\s*$).*?self\.(\w+)\.weight(?!\.(?:dtype|device|shape)|\[|\w)", re.MULTILINE
+)
 # Tokens from which unpacking the weights is worth its time, on an H200 (benchmarks/LOG.md, "4-bit products"): gate and
 # up take 71 µs by the kernel and 162 unpacked at 64 tokens, 137 and 191 at 128. More the kernel does not take.
 MANY = 128
 TILE = 128  # outputs that cuBLAS computes together; that a narrower rest is slow was argued, not measured
 
 
+def read_directly(model: nn.Module) -> set[str]:
+    """The linear layers, by name, that stay as they are: the model's code reads their weights, as some routers do."""
+    return {
+        f"{parent_name}.{name}" if parent_name else name
+        for parent_name, parent in model.named_modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, nn.Linear) and name in _weights_read(type(parent))  # type: ignore[arg-type] # mypy: no type is hashable
+    }
+
+
+@functools.cache
+def _weights_read(kind: type) -> frozenset[str]:
+    """The layers whose weights this class of transformers takes instead of calling them."""
+    try:
+        own = [inspect.getsource(part) for part in kind.__mro__ if part.__module__.startswith("transformers.models.")]
+    except OSError:  # installed without sources
+        return frozenset()
+    return frozenset(name for source in own for name in _READ.findall(source))
+
+
 def siblings(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each linear layer that can be merged with others, by name: the names of all of them, in order."""
+    """For each linear layer that can be merged with others, by name: the names of all, in the order of the model."""
     found: dict[str, tuple[str, ...]] = {}
+    taken = read_directly(model)
     for parent_name, parent in model.named_modules():
         for names in SIBLINGS:
-            layers = [getattr(parent, name, None) for name in names]
-            if not all(type(layer) is nn.Linear for layer in layers):
+            layers = {name: layer for name, layer in parent.named_children() if name in names}
+            if len(layers) < len(names) or not all(type(layer) is nn.Linear for layer in layers.values()):
                 continue
-            shapes = {(layer.in_features, layer.bias is None) for layer in layers if isinstance(layer, nn.Linear)}
-            if len(shapes) == 1:
-                group = tuple(f"{parent_name}.{name}" if parent_name else name for name in names)
+            shapes = {(layer.in_features, layer.bias is None) for layer in layers.values()}
+            group = tuple(f"{parent_name}.{name}" if parent_name else name for name in layers)
+            if len(shapes) == 1 and taken.isdisjoint(group):
                 found |= dict.fromkeys(group, group)
     return found
 
@@ -96,13 +125,34 @@ def int4_multiplies(device: torch.device, dtype: torch.dtype, out: int, inp: int
         and dtype == torch.bfloat16
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and inp % INT4_GROUP == 0
+        and inp % WIDTH_4 == 0
         and find_spec("triton") is not None
     )
 
 
+class Padded(nn.Module):
+    """A layer that is stored with more inputs than it has: what is added is zero, and so are its weights."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        more: int = self.linear.in_features - states.shape[-1]  # type: ignore[assignment, operator]
+        return self.linear(nn.functional.pad(states, (0, more)))  # type: ignore[no-any-return]
+
+
+def widened(linear: nn.Linear, inputs: int) -> nn.Linear:
+    """The same layer with zero weights for inputs that it does not have; consumes it."""
+    wide = nn.Linear(inputs, linear.out_features, bias=False, device="meta")
+    weight = nn.functional.pad(linear.weight.detach(), (0, inputs - linear.in_features))
+    linear.weight = None  # type: ignore[assignment]
+    wide.weight, wide.bias = nn.Parameter(weight, requires_grad=False), linear.bias
+    return wide
+
+
 class Int4Linear(nn.Module):
-    """A bfloat16 layer in 4 bits: a scale and a zero per INT4_GROUP weights, w = (16 + code) * scale + zero.
+    """A bfloat16 layer in 4 bits: a scale and a zero per `int4_group` weights, w = (16 + code) * scale + zero.
 
     With `whole` zeros, w = (16 + code + zero) * scale.
     """
@@ -120,7 +170,7 @@ class Int4Linear(nn.Module):
         # what stays is allocated before what does not, which would leave holes between the layers
         word = plane(inp)
         self.register_buffer("packed", torch.empty((inp // (4 * word), out, word), dtype=torch.int16, device=device))
-        scale_zero = torch.empty((inp // INT4_GROUP, out, 2), dtype=torch.bfloat16, device=device)
+        scale_zero = torch.empty((inp // int4_group(inp), out, 2), dtype=torch.bfloat16, device=device)
         self.register_buffer("scale_zero", scale_zero)
         self.register_buffer("counters", counters(out, device), persistent=False)
         for begin, end in _row_blocks(out, inp):
@@ -133,7 +183,7 @@ class Int4Linear(nn.Module):
     ) -> Int4Linear:
         """The layer of weights (codes - zero) * scale, whose scale is rounded to bfloat16.
 
-        `codes` [out, in] and `zero` are uint8, 0 to 15; `scale` and `zero` are [in / INT4_GROUP, out].
+        `codes` [out, in] and `zero` are uint8, 0 to 15; `scale` and `zero` are [groups, out].
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -176,7 +226,7 @@ def _quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     The codes suit the zero as it is stored: its rounding, a sixteenth of the scale at most, only moves the grid.
     """
-    grouped = weight.float().unflatten(1, (-1, INT4_GROUP))
+    grouped = weight.float().unflatten(1, (-1, int4_group(weight.shape[1])))
     low, high = torch.aminmax(grouped, dim=2, keepdim=True)
     scale = ((high - low) / 15).clamp(min=1e-8).bfloat16()
     zero = (low - 16 * scale.float()).bfloat16()

@@ -1,12 +1,8 @@
-"""What all of the engine stands on: its refusal, the types that it computes in, and the group of its 4-bit weights."""
+"""What all of the engine stands on: its refusal, and the types that it computes in."""
 
 from __future__ import annotations
 
 import torch
-
-from ..model.stored import QUANTO_GROUP
-
-INT4_GROUP = QUANTO_GROUP  # weights along the input that share a scale in our own 4-bit layers, as in quanto's
 
 
 class Unsupported(Exception):

@@ -20,6 +20,9 @@ LARGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 _DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
 _DTYPE_BITS |= {"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}
 
+# Types that no cache of tokens can serve, and why.
+REFUSED = {"cpmant": "puts tokens of its own before every text, and reads the whole text anew at each step"}
+
 
 class PlanError(ValueError):
     """A model folder that cannot be planned for; the message names it and what mends it."""
@@ -54,7 +57,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PlanError(f"the folder {folder} does not exist; give the folder of a downloaded model")
     if not (folder / CONFIG).is_file():
         raise PlanError(f"no {CONFIG} in {folder}; give the folder of a Hugging Face model")
-    return _read_json(folder / CONFIG)
+    config = _read_json(folder / CONFIG)
+    reason = REFUSED.get(str(config.get("model_type")))
+    if reason is not None:
+        raise PlanError(f"{folder}: {config['model_type']} {reason}; use a model of another type")
+    return config
 
 
 def stop_tokens(folder: Path) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .folder import CONFIG, PlanError, Tensor, read_config, read_tensors, same_tensor
+from .loaded import loaded
 from .positions import positions
 from .stored import PARTS, QUANTO_GROUP, Packing, UnreadablePacking, read_packing
 
@@ -76,6 +78,7 @@ class ModelShape:
     max_position_embeddings: int | None
     exact: bool  # read from tensor headers, not from formulas
     prequantized: bool
+    left_out_bytes: int = 0  # of the checkpoint's other towers, which are not loaded
 
     @property
     def parameters(self) -> int:
@@ -118,7 +121,7 @@ def read_shape(folder: Path) -> ModelShape:
     whole = read_config(folder)
     text = whole.get("text_config")
     config = {**whole, **_without_none(text)} if isinstance(text, dict) else whole
-    tensors = read_tensors(folder)
+    tensors, left_out = loaded(whole, read_tensors(folder))
     model_type = str(config.get("model_type", "unknown"))
     if not tensors and model_type not in _FAMILIES:
         mend = f"put its safetensors beside it, or use one of {', '.join(_FAMILIES)}"
@@ -133,9 +136,10 @@ def read_shape(folder: Path) -> ModelShape:
         config = {**_FAMILIES.get(model_type, {}), **_without_none(config)}
         if config.get("tie_word_embeddings") and _own_head(folder, tensors):
             config["tie_word_embeddings"] = False
-        return _shape(model_type, config, tensors)
+        shape = _shape(model_type, config, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{folder / CONFIG} has an unusable value ({error}); download the model again") from error
+    return dataclasses.replace(shape, left_out_bytes=left_out)
 
 
 def _own_head(folder: Path, tensors: Mapping[str, Tensor]) -> bool:

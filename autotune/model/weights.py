@@ -6,6 +6,9 @@ from .folder import PlanError
 from .shape import LayerShape, Linear, ModelShape
 from .stored import QUANTO_GROUP
 
+FOUR_BITS = ("bnb-nf4", "bnb-fp4", "nf4", "quanto-int4", "int4")
+# Inputs of a layer in 4 bits, of which it has a multiple: others are filled up with zeros. A block of bitsandbytes'.
+WIDTH_4 = 64
 # As bitsandbytes.functional.quantize_4bit stores a matrix by default, with compress_statistics.
 BNB_BLOCK = 64  # weights that share one absmax
 BNB_NESTED_BLOCK = 256  # absmax values that share one second-level scale (double quantization)
@@ -19,7 +22,8 @@ def element_bytes(shape: ModelShape, weights: str) -> int:
 
 def matrix_bytes(word: str, linear: Linear, element: int) -> int:
     """A matrix as `word` stores it, with its scales."""
-    elements = linear.out * linear.inp
+    inp = padded(linear.inp) if word in FOUR_BITS else linear.inp
+    elements = linear.out * inp
     match word:
         case "bnb-nf4" | "bnb-fp4" | "nf4":
             blocks = -(-elements // BNB_BLOCK)
@@ -29,15 +33,20 @@ def matrix_bytes(word: str, linear: Linear, element: int) -> int:
         case "quanto-int8" | "int8":
             return elements + element * linear.out
         case "quanto-int4" | "int4":
-            return -(-elements // 2) + 2 * element * elements // quanto_group(linear.inp)
+            return -(-elements // 2) + 2 * element * elements // int4_group(inp)
         case "checkpoint":
             return linear.stored
     return element * elements
 
 
-def quanto_group(inp: int) -> int:
-    """Elements that share a scale and a shift in quanto's qint4: the whole row where no group divides it."""
-    return next((g for g in range(QUANTO_GROUP, 31, -32) if inp > QUANTO_GROUP and inp % g == 0), inp)
+def padded(inp: int) -> int:
+    """The inputs that a layer in 4 bits is stored with."""
+    return -(-inp // WIDTH_4) * WIDTH_4
+
+
+def int4_group(inp: int) -> int:
+    """Weights along the input that share a scale and a zero in 4 bits, by quanto or by our own layer."""
+    return QUANTO_GROUP if inp % QUANTO_GROUP == 0 else WIDTH_4
 
 
 def block_bytes(block: LayerShape, word: str, element: int) -> int:

@@ -54,6 +54,9 @@ def print_plan(request: Request, as_json: bool) -> None:
     console.print(table)
     if len(rows) > SHOWN:
         console.print(f"{len(rows) - SHOWN} more; --json lists all")
+    if target.left_out_bytes:
+        left_out = mib(target.left_out_bytes)
+        console.print(f"The text tower alone: {left_out} of other towers in the checkpoint are not loaded.")
     console.print("Predictions, before calibration on this machine: autotune run measures.")
 
 

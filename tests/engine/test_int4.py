@@ -16,7 +16,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from autotune.engine import int4
 from autotune.engine import linear as linear_module
-from autotune.engine.linear import MANY, Int4Linear, _quantize_rows, _row_blocks, fits_int4
+from autotune.engine.linear import MANY, Int4Linear, Padded, _quantize_rows, _row_blocks, fits_int4, int4_multiplies
+from autotune.engine.load import quantize
+from autotune.model.weights import int4_group
 
 TOLERANCE = 2**-8 if DEVICE == "cuda" else 2**-7  # the interpreter cuts bfloat16 off where a GPU rounds
 
@@ -25,16 +27,17 @@ def random_codes(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor,
     """Codes, scales and zeros, and the weights that they stand for, in float64."""
     generator = torch.Generator().manual_seed(outputs * inputs)
     codes = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
-    scale_zero = torch.randn((inputs // 128, outputs, 2), generator=generator).bfloat16()
+    size = int4_group(inputs)
+    scale_zero = torch.randn((inputs // size, outputs, 2), generator=generator).bfloat16()
     weights = torch.empty((outputs, inputs), dtype=torch.float64)
-    for group in range(inputs // 128):
-        part = slice(128 * group, 128 * group + 128)
+    for group in range(inputs // size):
+        part = slice(size * group, size * group + size)
         scale, zero = scale_zero[group].double().unbind(1)
         weights[:, part] = (16 + codes[:, part].double()) * scale[:, None] + zero[:, None]
     return codes.to(DEVICE), scale_zero.to(DEVICE), weights.to(DEVICE)
 
 
-@pytest.mark.parametrize(("inputs", "plane"), [(128, 32), (384, 32), (256, 64), (768, 64)])
+@pytest.mark.parametrize(("inputs", "plane"), [(128, 32), (384, 32), (256, 64), (768, 64), (64, 16), (576, 16)])
 def test_unpacked_weights_are_those_that_were_packed(inputs: int, plane: int) -> None:
     codes, scale_zero, weights = random_codes(37, inputs)
     packed = int4.pack(codes)
@@ -62,6 +65,34 @@ def product_error(
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 16, 17])
 def test_products_of_a_few_tokens(tokens: int) -> None:
     assert product_error(512, 72, tokens) < 0.012
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 17])
+@pytest.mark.parametrize("inputs", [64, 192, 576])
+def test_products_of_widths_that_128_do_not_divide(inputs: int, tokens: int) -> None:
+    assert product_error(inputs, 72, tokens) < 0.012
+    assert product_error(inputs, 72, tokens, (32, 2, 2, 2)) < 0.012
+
+
+@pytest.mark.parametrize(("inputs", "kind"), [(576, Int4Linear), (512, Int4Linear), (100, Padded)])
+def test_a_layer_of_any_width_is_our_own_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, inputs: int, kind: type[torch.nn.Module]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(
+        quantize, "fits_int4", lambda layer, _: int4_multiplies(gpu, layer.weight.dtype, 40, layer.in_features)
+    )
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(inputs, 40).bfloat16().to(DEVICE)
+    states = torch.randn(2, MANY, inputs).bfloat16().to(DEVICE)
+    expected = layer(states)
+    packed = quantize.quantize_linear(layer, "quanto-int4", DEVICE)
+    assert type(packed) is kind
+    assert isinstance(getattr(packed, "linear", packed), Int4Linear)
+    for part in (states, states[:, :3]):
+        found = packed(part)
+        assert (found - expected[:, : part.shape[1]]).float().norm() < 0.15 * found.float().norm()
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3, 5])

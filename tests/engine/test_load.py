@@ -7,26 +7,40 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BloomConfig,
+    CTRLConfig,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
+    JambaConfig,
+    LlavaConfig,
     MptConfig,
     PreTrainedModel,
+    Zamba2Config,
+    ZambaConfig,
 )
 
-from autotune.config import Configuration, LoadGroup
+from autotune import cli
+from autotune.config import Configuration, LoadGroup, mib
 from autotune.engine import support
 from autotune.engine.decode import Engine
 from autotune.engine.load import lacks, load_model, quantize_linear, usual_attention
+from autotune.engine.load.quantize import quantized_linears
 from autotune.engine.support import Unsupported
 from autotune.measure.memory import module_bytes
+from autotune.model.folder import PlanError
 from autotune.model.shape import read_shape
+from autotune.model.weights import matrix_bytes, model_bytes
 from tests.tiny_models import FAMILIES, logits, tiny, tokens
 
 # calm models: with larger weights two layers turn any rounding into another text
@@ -196,25 +210,16 @@ def test_every_linear_layer_is_quantized_within_its_error(saved, family, word):
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.parametrize("word", WORDS)
-@pytest.mark.parametrize(("rows", "columns"), [(89, 64), (33, 128), (96, 192), (5, 320)])
+@pytest.mark.parametrize(("rows", "columns"), [(89, 64), (33, 128), (96, 192), (5, 320), (64, 32), (40, 100)])
 def test_layers_of_any_height_and_their_biases_survive(word, rows, columns):
     linear = nn.Linear(columns, rows).requires_grad_(False)
     linear.weight.normal_(generator=torch.Generator().manual_seed(1))
     x = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
     expected, bias = linear(x), linear.bias.clone()
     layer = quantize_linear(linear, word, "cpu").eval()
-    assert torch.equal(layer.bias, bias)
+    assert torch.equal(getattr(layer, "linear", layer).bias, bias)
     with torch.inference_mode():
         assert 1e-4 < relative(layer(x) - bias, expected - bias) < LAYER_BOUND[word]
-
-
-@pytest.mark.parametrize("word", ["bnb-nf4", "bnb-fp4"])
-@pytest.mark.parametrize("columns", [32, 96])
-def test_widths_that_bitsandbytes_gets_wrong_on_a_cpu_are_unsupported(word, columns):
-    with pytest.raises(
-        Unsupported, match=f"{word} on a CPU needs layers whose input is a multiple of 64, not {columns}"
-    ):
-        quantize_linear(nn.Linear(columns, 64), word, "cpu")
 
 
 @pytest.mark.parametrize(("weights", "source"), [("quanto-int4", "cpu"), ("quanto-int8", "meta")])
@@ -369,10 +374,170 @@ def test_loading_never_holds_more_than_the_result_and_one_tensor(tmp_path, saved
         assert seen["footprint"] * 0.9 < seen["grown"] < seen["footprint"] + seen["largest"] + slack, (what, seen)
 
 
+CROSSWISE = {
+    "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=89, n_positions=64, n_embd=64, n_layer=2, n_head=4)),
+    "falcon": FalconForCausalLM(
+        FalconConfig(vocab_size=89, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=False)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.usefixtures("uncompiled_quanto")
+@pytest.mark.parametrize("word", [*WORDS, "quanto-int4"])
+@pytest.mark.parametrize("name", CROSSWISE)
+def test_linear_layers_of_other_classes_are_quantized_as_plain_ones_would_be(tmp_path, name, word):
+    CROSSWISE[name].save_pretrained(tmp_path)
+    model = load_model(tmp_path, weights=word, lm_head="fp32")
+    linears = [linear for layer in read_shape(tmp_path).layers for linear in layer.linears]
+    assert len(linears) == 8
+    predicted = sum(matrix_bytes(word, linear, 4) for linear in linears)
+    held = [model.get_submodule(linear.name.removesuffix(".weight")) for linear in linears]
+    biases = sum(layer.bias.nbytes for layer in held if layer.bias is not None)
+    assert predicted + biases == pytest.approx(sum(module_bytes(layer) for layer in held), rel=0.01)
+    reference, count = stock(tmp_path).requires_grad_(False), 0
+    for path, module in reference.named_modules():
+        if type(module).__name__ not in ("Conv1D", "FalconLinear"):
+            continue
+        weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None).requires_grad_(False)
+        plain.weight.copy_(weight)
+        if module.bias is not None:
+            plain.bias.copy_(module.bias)
+        x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(count))
+        with torch.no_grad():
+            expected = quantize_linear(plain, word, "cpu").eval()(x)
+            assert torch.equal(model.get_submodule(path)(x), expected), path
+        assert type(model.get_submodule(path)) not in (nn.Linear, type(module))
+        count += 1
+    assert count == 8
+
+
+_SMALL = {"vocab_size": 89, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHARING = {
+    "ctrl": CTRLConfig(vocab_size=89, n_positions=64, n_embd=64, dff=96, n_layer=2, n_head=4),
+    "zamba": ZambaConfig(
+        **_SMALL,
+        intermediate_size=96,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        n_mamba_heads=2,
+        mamba_dt_rank=16,
+        use_mamba_kernels=False,
+        num_key_value_heads=4,
+    ),
+    "zamba2": Zamba2Config(
+        **_SMALL,
+        intermediate_size=96,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        hybrid_layer_ids=[1, 3],
+        n_mamba_heads=4,
+        mamba_headdim=32,
+        mamba_ngroups=1,
+        mamba_d_state=16,
+        num_mem_blocks=1,
+        use_mamba_kernels=False,
+        num_key_value_heads=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("name", SHARING)
+def test_layers_that_share_their_weights_are_read_once_and_shared(tmp_path, name, merge):
+    torch.manual_seed(0)
+    written = AutoModelForCausalLM.from_config(SHARING[name])
+    for parameter in written.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    written.save_pretrained(tmp_path)
+    reference = stock(tmp_path)
+    ids = torch.tensor([list(range(9))])
+    model = load_model(tmp_path, weights="fp32", lm_head="fp32", merge=merge)
+    expected = reference(ids, use_cache=False).logits
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    assert module_bytes(model) == pytest.approx(module_bytes(reference), rel=0.001)
+    smaller = load_model(tmp_path, weights="bnb-nf4", lm_head="fp32", merge=merge)
+    assert relative(smaller(ids, use_cache=False).logits, expected) < 0.5
+
+
+def test_a_layer_whose_weight_the_models_code_reads_is_not_quantized(tmp_path):
+    AutoModelForCausalLM.from_config(SHARING["ctrl"]).save_pretrained(tmp_path)
+    assert quantized_linears(stock(tmp_path), "fp32") == set()
+    small = {**_SMALL, "intermediate_size": 96, "num_key_value_heads": 2}
+    jamba = JambaConfig(**small, num_experts=1, num_experts_per_tok=1, use_mamba_kernels=False)
+    names = quantized_linears(AutoModelForCausalLM.from_config(jamba), "bnb-nf4")
+    assert any(name.endswith("x_proj") for name in names)
+    assert not any(name.endswith("dt_proj") for name in names)
+
+
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION |= {"image_size": 28, "patch_size": 14}
+_TEXT = {**_SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "eos_token_id": 3}
+
+
+def wrapper(name: str) -> PreTrainedModel:
+    """A multimodal model whose text tower is tied by the whole's config, or by nothing; with two tokens to end with."""
+    if name == "gemma3":  # stock loads it whole as a causal model
+        text = {**_TEXT, "head_dim": 16, "bos_token_id": 1, "pad_token_id": 0}
+        config = Gemma3Config(text_config=text, vision_config=_VISION, mm_tokens_per_image=4, eos_token_id=[3, 5])
+        config.image_token_index = config.image_token_id = 88
+    else:  # stock knows it as no causal model
+        text = {"model_type": "llama", **_TEXT}
+        config = LlavaConfig(text_config=text, vision_config={"model_type": "clip_vision_model", **_VISION})
+        config.tie_word_embeddings, config.eos_token_id = name == "tied llava", [3, 5]
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "tied llava"])
+def test_of_a_multimodal_model_the_text_tower_alone_is_loaded_and_planned(tmp_path, name):
+    whole = wrapper(name)
+    whole.save_pretrained(tmp_path)
+    model = load_model(tmp_path, weights="fp32", lm_head="fp32")
+    ids = torch.tensor([list(range(9, 29))])
+    torch.testing.assert_close(model(ids).logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert not any("vision" in path for path, _ in model.named_modules())
+    assert model.generation_config.eos_token_id == [3, 5]
+    shape = read_shape(tmp_path)
+    assert sum(model_bytes(shape, "fp32", "fp32", "device")) == parameter_bytes(model)
+    assert shape.left_out_bytes == parameter_bytes(whole) - parameter_bytes(model) > 0
+    words = [
+        "plan",
+        "--model",
+        str(tmp_path),
+        "--budget",
+        "1GB",
+        "--device",
+        "cpu",
+        "--contexts",
+        "64",
+        "--new-tokens",
+        "8",
+    ]
+    answer = CliRunner().invoke(cli.main, words)
+    assert f"The text tower alone: {mib(shape.left_out_bytes)} of other towers" in answer.output
+    quantized = load_model(tmp_path, weights="bnb-nf4", lm_head="nf4")
+    assert type(quantized.get_output_embeddings()) is not nn.Linear
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_a_type_that_no_cache_can_serve_is_refused_before_its_weights_are_looked_for(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "cpmant"}))
+    with pytest.raises(Unsupported, match="cpmant puts tokens of its own before every text"):
+        load_model(tmp_path, weights="fp32")
+    with pytest.raises(PlanError, match="cpmant puts tokens of its own before every text"):
+        read_shape(tmp_path)
+
+
 def test_weights_that_are_in_no_linear_layer_are_named(tmp_path: Path) -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=89, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=89, n_positions=4096, n_embd=32, n_layer=2, n_head=4))
     model.save_pretrained(tmp_path)
-    with pytest.raises(Unsupported, match=r"quanto-int8 stores linear layers; .* in others, such as transformer\."):
+    with pytest.raises(Unsupported, match=r"quanto-int8 stores linear layers; .* in others, such as transformer\.wpe"):
         load_model(tmp_path, weights="quanto-int8", lm_head="fp32")
     assert load_model(tmp_path, weights="fp32", lm_head="fp32").config.n_embd == 32
 

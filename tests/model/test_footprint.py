@@ -20,7 +20,7 @@ from autotune.model.calibration import DEFAULT, Calibration, cheapest, largest_c
 from autotune.model.folder import PlanError
 from autotune.model.footprint import by_layer
 from autotune.model.shape import Linear
-from autotune.model.weights import matrix_bytes, quanto_group
+from autotune.model.weights import int4_group, matrix_bytes
 from tests.shapes import NF4, SMALL, at, shape_of
 
 GIB = 2**30
@@ -167,13 +167,24 @@ def test_a_quantized_matrix_has_the_size_that_bitsandbytes_gives_it():
     assert matrix_bytes("bnb-nf4", Linear("", 704, 256, 0), 2) == size
 
 
-@pytest.mark.parametrize(("inp", "group"), [(4096, 128), (704, 64), (1120, 32), (128, 128), (96, 96), (250, 250)])
-def test_the_group_of_a_quanto_matrix_is_the_one_that_quanto_chooses(inp, group):
+@pytest.mark.parametrize("inp", [4096, 1024, 384, 128])
+def test_the_group_of_a_quanto_matrix_is_the_one_that_quanto_chooses_where_128_divide_it(inp):
     torch = pytest.importorskip("torch")
     quanto = pytest.importorskip("optimum.quanto")
     linear = torch.nn.Linear(inp, 8, bias=False, device="meta")
     chosen = quanto.QLinear.qcreate(linear, weights=quanto.qint4, device="meta").weight_group_size
-    assert quanto_group(inp) == group == (chosen or inp)
+    assert int4_group(inp) == 128 == (chosen or inp)
+
+
+@pytest.mark.parametrize("word", ["quanto-int4", "bnb-nf4"])
+@pytest.mark.parametrize("inp", [576, 960, 512, 64, 100, 2700])
+@pytest.mark.usefixtures("uncompiled_quanto")
+def test_a_matrix_of_any_width_has_the_size_that_the_engine_gives_it(word, inp):
+    torch = pytest.importorskip("torch")
+    load = pytest.importorskip("autotune.engine.load")
+    memory = pytest.importorskip("autotune.measure.memory")
+    layer = load.quantize_linear(torch.nn.Linear(inp, 64, bias=False, dtype=torch.bfloat16), word, "cpu")
+    assert matrix_bytes(word, Linear("", 64, inp, 0), 2) == pytest.approx(memory.module_bytes(layer), abs=4)
 
 
 @pytest.mark.parametrize("launch", ["eager", "graph"])

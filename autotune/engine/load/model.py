@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from ...config import HEAD_WEIGHTS
 from ...model.activations import MERGED
-from ...model.folder import stop_tokens
+from ...model.folder import REFUSED, stop_tokens
 from ...model.stored import Packing, UnreadablePacking, read_packing
 from ..attention import register_split_kv
 from ..embedding import lock_pages
@@ -25,7 +31,7 @@ from ..linear import Merged, Slice, concatenated, siblings
 from ..support import Unsupported, compute_dtype
 from .packed import place_packed
 from .place import name_of, place, replace, trim
-from .quantize import check_linear, quantize_linear, source
+from .quantize import as_linear, check_linear, quantize_linear, quantized_linears, source
 from .tensors import Tensors
 
 
@@ -47,6 +53,8 @@ def load_model(
     if attention == "split_kv":
         register_split_kv(device)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.model_type in REFUSED:
+        raise Unsupported(f"{config.model_type} {REFUSED[config.model_type]}")
     dtype = compute_dtype(weights, device)
     packing = _check_quantized(config, weights, lm_head, embeddings)
     if weights == "checkpoint" and packing is None:
@@ -55,6 +63,7 @@ def load_model(
     stop = stop_tokens(Path(folder))
     if stop is not None:
         model.generation_config.eos_token_id = stop
+    quantized = quantized_linears(model, weights)
     if weights not in ("bf16", "fp32", "checkpoint"):
         check_linear(model, weights)
     tensors = Tensors(Path(folder), model, packed=packing is not None)
@@ -65,7 +74,8 @@ def load_model(
         tied = not tensors.differ(f"{name_of(model, output)}.weight", f"{name_of(model, embedding)}.weight")
     groups = siblings(model) if (device != "cpu" if merge is None else merge) and weights in MERGED else {}
     groups = {name: group for name, group in groups.items() if len({tensors.packs(one) for one in group}) == 1}
-    modules = list(model.named_modules())
+    twins = _twins(model)
+    modules = [(name, module) for name, module in model.named_modules() if name not in twins]
     shared = tied and lm_head in ("bf16", "fp32") and embeddings == "device"
     if output is not None and not shared:
         # first, while the device is empty: it is the largest matrix, and quantizing it takes it whole
@@ -74,7 +84,9 @@ def load_model(
             place_packed(model, (name,), tensors, packing, dtype, device)
         else:
             word = HEAD_WEIGHTS.get(lm_head, lm_head)
-            place(output, name_of(model, embedding) if tied else name, tensors, dtype, source(word, device))
+            place(output, name, tensors, dtype, source(word, device))
+            if tied:  # that was its bias
+                place(output, name_of(model, embedding), tensors, dtype, source(word, device))
             replace(model, name, quantize_linear(output, word, device))
         trim(device)
     for name, module in modules:
@@ -87,16 +99,23 @@ def load_model(
                 trim(device)
             continue
         on_host = (module is embedding and embeddings == "host") or name in groups
-        on_host = on_host or (type(module) is nn.Linear and source(weights, device) == "cpu")
+        on_host = on_host or (name in quantized and source(weights, device) == "cpu")
         place(module, name, tensors, dtype, "cpu" if on_host else device)
         if name in groups:
             if name == groups[name][-1]:
                 _merge(model, groups[name], weights, device)
-        elif type(module) is nn.Linear:
-            replace(model, name, quantize_linear(module, weights, device))
+        elif name in quantized:
+            linear = as_linear(module)
+            assert linear is not None
+            if linear is not module:
+                module.weight = None  # the linear layer has it, or a copy
+            replace(model, name, quantize_linear(linear, weights, device))
             trim(device)
     if output is not None and shared:
+        place(output, name_of(model, output), tensors, dtype, device)  # its bias
         output.weight = embedding.weight
+    for name, original in twins.items():
+        replace(model, name, model.get_submodule(original))
     leftovers = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if leftovers:
         raise Unsupported(f"the checkpoint has no tensor for {leftovers[0]} ({len(leftovers)} missing in all)")
@@ -105,6 +124,20 @@ def load_model(
     if device == "cpu" and dtype == torch.bfloat16:
         use_grouped(model)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _twins(model: PreTrainedModel) -> dict[str, str]:
+    """The modules, by name, whose weights are those of another: the other's name. The lm_head is not meant."""
+    tied: dict[str, str] = dict(model.all_tied_weights_keys)
+    output = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        originals = {
+            tied.get(f"{name}.{key}", "").rpartition(".")[0] for key, _ in module.named_parameters(recurse=False)
+        }
+        if module is not output and len(originals) == 1 and "" not in originals:
+            found[name] = originals.pop()
+    return found
 
 
 def _merge(model: nn.Module, names: tuple[str, ...], weights: str, device: str) -> None:
@@ -122,13 +155,31 @@ def _merge(model: nn.Module, names: tuple[str, ...], weights: str, device: str) 
 def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
+    text = _text_tower(config)
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
-                config, dtype=dtype, attn_implementation=attention
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config if text is None else text, dtype=dtype, attn_implementation=attention
             )
     except (ImportError, ValueError) as error:  # transformers' words for an attention that this model or machine lacks
         raise Unsupported(str(error)) from error
+    if text is not None:  # the whole model's config has the tokens that end a text
+        model.generation_config = GenerationConfig.from_model_config(config)
+    return model
+
+
+def _text_tower(config: Any) -> Any:
+    """The config of a multimodal model's text tower, where that is a model of its own; else None.
+
+    It is tied as stock ties it: by the whole model's config, but where transformers loads the tower alone as well.
+    """
+    text = config.get_text_config(decoder=True)
+    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    own: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if own is None or own.config_class is not type(text):
+        text.tie_word_embeddings = config.tie_word_embeddings
+    return text
 
 
 def _check_quantized(config: Any, weights: str, lm_head: str, embeddings: str) -> Packing | None:

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...model.stored import AWQ_ORDER, PARTS, Packing, UnreadablePacking
+from ...model.stored import AWQ_ORDER, PARTS, QUANTO_GROUP, Packing, UnreadablePacking
 from ..linear import Int4Linear, Merged, Slice, int4_multiplies
-from ..support import INT4_GROUP, Unsupported
+from ..support import Unsupported
 from .place import place, replace
 from .tensors import Tensors
 
@@ -146,8 +146,8 @@ def _packed_linear(parts: list[_Packed], biases: list[torch.Tensor], dtype: torc
     bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
     (out, inp), groups = (len(codes), 2 * codes.shape[1]), scale.shape[1]
     layer: nn.Module
-    if int4_multiplies(codes.device, dtype, out, inp) and inp // groups % INT4_GROUP == 0:
-        repeats = inp // groups // INT4_GROUP  # groups of the layer that share a scale
+    if int4_multiplies(codes.device, dtype, out, inp) and inp // groups % QUANTO_GROUP == 0:
+        repeats = inp // groups // QUANTO_GROUP  # groups of the layer that share a scale
         scale, zero = (table.T.repeat_interleave(repeats, dim=0) for table in (scale, zero))
         layer = Int4Linear.from_codes(_halves(codes), scale, zero, bias)
     else:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..linear import Int4Linear, fits_int4
+from ...model.weights import FOUR_BITS, int4_group, padded
+from ..linear import Int4Linear, Padded, fits_int4, read_directly, widened
 from ..support import Unsupported
 
 
@@ -24,6 +25,10 @@ def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
     if word in ("bf16", "fp32", "checkpoint"):  # a layer that a quantized checkpoint left as it was
         return linear
     assert isinstance(linear, nn.Linear)
+    width = padded(linear.in_features)
+    if word in FOUR_BITS and linear.in_features != width:
+        # bitsandbytes' kernels on a CPU would give rows the scales of their neighbours, and ours has no such groups
+        return Padded(quantize_linear(widened(linear, width), word, device))
     if word.startswith("bnb"):
         return _bitsandbytes_linear(linear, word, device)
     if word == "quanto-int4" and fits_int4(linear, device):
@@ -34,6 +39,8 @@ def quantize_linear(linear: nn.Module, word: str, device: str) -> nn.Module:
 
     linear.to(device)
     quantized = QLinear.from_module(linear, weights=qint8 if word == "quanto-int8" else qint4)
+    if word == "quanto-int4" and linear.in_features > int4_group(linear.in_features):
+        quantized.weight_group_size = int4_group(linear.in_features)
     linear.weight = None  # type: ignore[assignment] # frees the original before the packed copy is optimized
     quantized.freeze()
     quantized.requires_grad_(False)
@@ -53,8 +60,6 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
         )
         layer.weight = layers.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     else:
-        if device == "cpu" and linear.in_features % 64:  # there its kernels give rows the scales of their neighbours
-            raise Unsupported(f"{word} on a CPU needs layers whose input is a multiple of 64, not {linear.in_features}")
         layer = layers.Linear4bit(
             linear.in_features,
             linear.out_features,
@@ -73,11 +78,37 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
     return layer  # type: ignore[no-any-return]
 
 
+def as_linear(module: nn.Module) -> nn.Linear | None:
+    """The linear layer that a module is, in one of transformers' ways: a plain one, Falcon's, or GPT-2's.
+
+    None where it is none. Falcon's writes the product out; GPT-2's weight lies across, and is turned here.
+    """
+    if type(module) is nn.Linear:
+        return module
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, nn.Parameter) or type(module).__name__ not in ("FalconLinear", "Conv1D"):
+        return None
+    weight = weight if isinstance(module, nn.Linear) else nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    linear.bias = bias  # type: ignore[assignment] # None where it has none
+    return linear
+
+
+def quantized_linears(model: nn.Module, word: str) -> set[str]:
+    """The layers, by name, that are stored as `word` says: none where that leaves weights as they are."""
+    if word in ("bf16", "fp32", "checkpoint"):
+        return set()
+    named = {name for name, module in model.named_modules() if as_linear(module) is not None}
+    return named - read_directly(model)
+
+
 def check_linear(model: PreTrainedModel, word: str) -> None:
     """Raises Unsupported where most weights are in no linear layer: they would stay as they are, and nobody be told."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    stored = quantized_linears(model, word)
     matrices = [
-        (f"{name}.{key}", type(module) is nn.Linear, parameter.numel())
+        (f"{name}.{key}", name in stored, parameter.numel())
         for name, module in model.named_modules()
         if module not in tables
         for key, parameter in module.named_parameters(recurse=False)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...model.folder import INDEX, SINGLE, same_tensor
+from ...model.loaded import TOWER
 from ...model.stored import PARTS
 from ..support import Unsupported
 
@@ -29,7 +30,8 @@ class Tensors:
             wanted |= {f"{name}.{part}" for name in linears for part in PARTS}
         self._names = {}
         for name in self._files:
-            for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            text = _text_name(name)
+            for candidate in (name, prefix + name, name.removeprefix(prefix), text, prefix + text):
                 if candidate in wanted:
                     self._names[candidate] = name
                     break
@@ -52,7 +54,7 @@ class Tensors:
                 raise Unsupported(f"the checkpoint has no tensor for {min(report['missing_keys'])}")
             for name, stored, wanted_shape in sorted(report["mismatched_keys"]):
                 raise Unsupported(f"{name} has shape {tuple(stored)}, the config says {tuple(wanted_shape)}")
-            self._converted = whole.state_dict()
+            self._converted = {_text_name(name): tensor for name, tensor in whole.state_dict().items()}
 
     def packs(self, name: str) -> bool:
         """Whether the linear layer of this name is stored in a quantized checkpoint's 4 bits."""
@@ -75,6 +77,11 @@ class Tensors:
         # Opened anew for each tensor: while a file stays mapped, every page once read counts as the process's memory.
         with safe_open(self._files[stored], framework="pt") as file:
             return file.get_tensor(stored)  # type: ignore[no-any-return]
+
+
+def _text_name(name: str) -> str:
+    """What a tensor of a multimodal model's text tower is called in the tower's own model."""
+    return TOWER.sub(r"\1", name, count=1)
 
 
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
