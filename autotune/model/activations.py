@@ -9,7 +9,7 @@ more. All sizes are in bytes unless the name says otherwise.
 from __future__ import annotations
 
 from ..config import MIB, Configuration, draft_head
-from .kv_cache import cache_element_bytes, kv_by_layer
+from .kv_cache import kv_by_layer, stored_share
 from .shape import ModelShape
 from .weights import BNB_BLOCK, element_bytes
 
@@ -101,7 +101,7 @@ def slack_bytes(
     grows = c.cache in ("dynamic", "sliding", "offloaded")
     if kind == "cuda":
         whole = not c.prefill_chunk or c.prefill_chunk >= context
-        slots = 0.0 if grows else cache_element_bytes(target, c.cache, c.weights) / element_bytes(target, c.weights)
+        slots = 0.0 if grows else stored_share(target, c.cache, c.weights)
         cut = (CUT_BLOCKS + CUT_BY_SLOTS * slots) * prefill
         expanded = _expanded_bytes(target, c.weights, min(c.prefill_chunk or context, context), kind)
         vector = min(c.prefill_chunk or context, context) * target.intermediate_size * element_bytes(target, c.weights)
