@@ -15,6 +15,7 @@ from .folder import CONFIG, PlanError, Tensor, read_config, read_tensors
 from .kept import Attention, Kept, attends, kept_by_layer
 from .stored import PARTS, QUANTO_GROUP, Packing, UnreadablePacking, read_packing
 
+# By the words of a config.json's torch_dtype.
 _ELEMENT_BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _EMBEDDING = re.compile(
