@@ -25,11 +25,13 @@ _EMBEDDING = re.compile(
 _LM_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output|head)\.weight$")
 _MATRIX = re.compile(r"^(?!.*(?:embed|wpe)[^.]*\.weight$).*\.weight$")
 _OTHER_TOWER = re.compile(r"(?:^|\.)(vision|visual|audio|multi_modal|vqmodel)")
-_EXPERT = re.compile(r"\.experts\.\d+\.")  # of a mixture, whose matrices the engine holds as one tensor
+# Of a mixture: experts' matrices, which are one tensor when loaded, and its router's, which is no linear layer.
+_EXPERT = re.compile(r"\.experts\.\d+\.|\.(?:gate|router)\.weight$")
 # Predicts further tokens, or is a table that is computed: transformers does not load it.
 _NOT_LOADED = re.compile(r"(?:^|\.)mtp[^.]*\.|\.(?:attn|attention)\.(?:masked_)?bias$|\.inv_freq$")
 # Types with other towers whose causal-LM class in transformers holds them as well; the others' is the text's alone.
 _WITH_TOWERS = ("fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "phi4_multimodal")
+_SINKS = re.compile(r"\.(?:sinks|softmax_offset|attention_sink_bias)$")
 # What families call a size, where it is not what most of them call it.
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "embedding_dim", "dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
@@ -97,6 +99,9 @@ class ModelShape:
     max_position_embeddings: int | None
     exact: bool  # read from tensor headers, not from formulas
     prequantized: bool
+    soft_capped: bool = False  # attention's scores
+    sinks: bool = False
+    shared_layers: int = 0  # that read another layer's keys and values
 
     @property
     def parameters(self) -> int:
@@ -197,6 +202,8 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
     heads = _first(config, *_HEADS)
     kv_heads = heads if model_type == "gpt_neox" else _first(config, *_KV_HEADS, *_HEADS)
     head_dim = _first({"": hidden // heads, **config}, "head_dim", "kv_channels", "dim_head", "")
+    if "kv_lora_rank" in config and "qk_nope_head_dim" in config:  # as its heads see the latent
+        head_dim = _first(config, "qk_nope_head_dim") + _first(config, "qk_rope_head_dim")
     last = max((int(layer[1]) for layer in map(_layer, tensors) if layer), default=-1)
     count = _first({"": last + 1, **config}, *_COUNT, "")
     element = _ELEMENT_BYTES.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."), 2)
@@ -240,6 +247,9 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
         max_position_embeddings=positions if isinstance(positions, int) else None,
         exact=bool(tensors),
         prequantized="quantization_config" in config,
+        soft_capped=config.get("attn_logit_softcapping") is not None,
+        sinks=any(_SINKS.search(name) for name in tensors),
+        shared_layers=int(config.get("num_kv_shared_layers", 0)),
     )
 
 
@@ -256,6 +266,11 @@ def _with(block: LayerShape, kept: Kept, window: int | None) -> LayerShape:
 
 def _layer(name: str) -> re.Match[str] | None:
     return None if _OTHER_TOWER.search(name) else _LAYER.search(name)
+
+
+def _is_linear(name: str, tensor: Tensor) -> bool:
+    packed = tensor.dtype == "PACKED"
+    return tensor.dtype[0] in "FBP" and bool(_MATRIX.search(name)) and (packed or not _EXPERT.search(name))
 
 
 def _sort_tensors(
@@ -276,11 +291,12 @@ def _sort_tensors(
         if layer:
             within[block][name[layer.end() :]] = tensor
         plain = len(tensor.shape) == 2
-        if plain and layer is None and _LM_HEAD.search(name):
+        table = plain and layer is None and not _OTHER_TOWER.search(name)
+        if table and _LM_HEAD.search(name):
             head += elements
-        elif plain and layer is None and _EMBEDDING.search(name):
+        elif table and _EMBEDDING.search(name):
             embedding += elements
-        elif plain and tensor.dtype[0] in "FBP" and _MATRIX.search(name) and not _EXPERT.search(name):
+        elif plain and _is_linear(name, tensor):
             linears[block].append(Linear(name, tensor.shape[0], tensor.shape[1], tensor.stored))
         else:
             other[block], stored[block] = other[block] + elements, stored[block] + tensor.stored
