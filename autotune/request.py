@@ -11,6 +11,7 @@ from .config import MIB, Budget, Workload, mib
 from .demo import TARGET
 from .model.calibration import DEFAULT, cheapest
 from .model.folder import CONFIG, PlanError, check_folder
+from .model.refused import check_type, word_refusals
 from .model.shape import ModelShape, read_shape
 from .model.tokenizer import check_texts, check_tokenizer, vocabulary
 from .search.space import Space, read_space
@@ -56,6 +57,7 @@ def check_inputs(request: Request) -> dict[str, ModelShape]:
     shapes = {}
     for folder in [request.model, *request.drafts]:
         check_folder(folder)
+        check_type(folder)
         shapes[str(folder)] = read_shape(folder)
     target = shapes[str(request.model)]
     check_tokenizer(request.model)
@@ -97,6 +99,7 @@ def check_budget(request: Request, shapes: dict[str, ModelShape]) -> None:
         sliding=any(layer.window for layer in shapes[str(request.model)].layers),
         quantized=shapes[str(request.model)].prequantized,
         failed={},
+        refused=word_refusals(shapes[str(request.model)]),
     )
     configuration, context, prediction = cheapest(
         shapes[str(request.model)],

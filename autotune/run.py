@@ -11,6 +11,7 @@ from typing import Any
 from . import __version__
 from .config import HEAD_WEIGHTS, Configuration, Record
 from .model.fingerprint import fingerprint
+from .model.refused import word_refusals
 from .model.shape import ModelShape, read_shape
 from .policy.choice import choose, settle
 from .policy.policy import Policy, write_policy
@@ -157,6 +158,7 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
         _write(request.out / "run.json", info)
     trials.inputs = inputs
     shape = read_shape(request.model)
+    drafts = [read_shape(draft) for draft in request.drafts]
     space = request.space.restrict(
         device=request.budget.device,
         full_precision=info["environment"]["full_precision"],
@@ -164,6 +166,7 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
         sliding=any(layer.window for layer in shape.layers),
         quantized=shape.prequantized,
         failed=info["failed"],
+        refused=word_refusals(shape, drafts),
     )
     return info, space
 

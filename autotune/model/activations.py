@@ -9,7 +9,7 @@ more. All sizes are in bytes unless the name says otherwise.
 from __future__ import annotations
 
 from ..config import MIB, Configuration, draft_head
-from .kv_cache import cache_element_bytes, kv_by_layer
+from .kv_cache import kv_by_layer, stored_share
 from .shape import ModelShape
 from .weights import BNB_BLOCK, element_bytes
 
@@ -118,7 +118,7 @@ def slack_bytes(
     grows = c.cache in ("dynamic", "sliding", "offloaded")
     if kind == "cuda":
         whole = not c.prefill_chunk or c.prefill_chunk >= context
-        slots = 0.0 if grows else cache_element_bytes(target, c.cache, c.weights) / element_bytes(target, c.weights)
+        slots = 0.0 if grows else stored_share(target, c.cache, c.weights)
         cut = (CUT_BLOCKS + CUT_BY_SLOTS * slots) * prefill
         expanded = _expanded_bytes(target, c.weights, min(c.prefill_chunk or context, context), kind)
         vector = min(c.prefill_chunk or context, context) * target.intermediate_size * element_bytes(target, c.weights)
@@ -185,7 +185,10 @@ def _expanded_bytes(shape: ModelShape, weights: str, queries: int, kind: str) ->
 def _attention_bytes(shape: ModelShape, c: Configuration, queries: int, keys: int, past: bool, kind: str) -> int:
     """Masks, heads repeated for kernels without grouped queries, eager scores, and the cache as it is read."""
     element, grouped = element_bytes(shape, c.weights), shape.heads != shape.kv_heads
-    layer = 2 * shape.kv_heads * shape.head_dim * keys * element
+    widest = max(shape.layers, key=lambda block: block.kv_elements)
+    if not widest.kv_elements:
+        return 0
+    layer = widest.kv_elements * keys * element
     repeated = 2 * shape.heads * shape.head_dim * keys * element if grouped else 0
     pairs = queries * keys
     sliding = any(block.window and keys > block.window for block in shape.layers)
@@ -205,4 +208,6 @@ def _attention_bytes(shape: ModelShape, c: Configuration, queries: int, keys: in
         needed = pairs * (MASK_BYTES + element) + repeated
     if quantized:
         return needed + layer  # expanded for the pass
+    if widest.head_dims[0] != widest.head_dims[1] and shape.kv_heads == 1:
+        needed = max(needed, repeated)  # a latent, of which every head's keys and values are made
     return max(needed, layer // 2 if past and c.cache != "static" else 0)  # new keys beside the old, then the values

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..config import MIB, Configuration, draft_head
 from .activations import peak_bytes, prefill_bytes, slack_bytes
 from .folder import PlanError
-from .kv_cache import cache_element_bytes, kv_by_layer
+from .kv_cache import kv_by_layer, token_bytes
 from .shape import ModelShape
 from .weights import block_bytes, element_bytes, model_bytes
 
@@ -77,8 +77,7 @@ def footprint(
         "activations": activations,
         "slack": slack,
     }
-    per_token = sum(layer.kv_elements for layer in target.layers) * cache_element_bytes(target, c.cache, c.weights)
-    return Prediction(owners, host + sum(held) - kv, round(per_token))
+    return Prediction(owners, host + sum(held) - kv, round(token_bytes(target, c.cache, c.weights)))
 
 
 class LayerRow(NamedTuple):

@@ -1,4 +1,8 @@
-"""Bytes of a KV cache: 2 * kv_heads * head_dim elements per layer and token (kv_heads, not heads)."""
+"""Bytes of what a model keeps of the tokens that it has seen: keys and values, and the states of layers that have some.
+
+Keys and values are as many elements per token as the layer's tensors say (2 * kv_heads * head_dim where heads are all
+alike). States do not grow with the context; a copy of each is kept to go back to while tokens are proposed.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,20 @@ from .weights import element_bytes
 CACHE_GROUP = 64  # tokens (of keys) or channels (of values) that share a scale and a minimum in a quantized cache
 CACHE_SCALE = 2  # bytes of a scale, and of a minimum
 CACHE_WINDOW = 32 + CACHE_GROUP  # slots for the latest tokens, which a quantized cache keeps in full precision
+RECURRENT_BYTES = 4  # of an element of a recurrent state, which transformers holds in float32
 CACHE_SPARE = 32  # slots more where steps are recorded, which may be longer than what they add: LONGEST tokens
 
 
 def kv_by_layer(shape: ModelShape, c: Configuration, tokens: int, weights: str) -> list[int]:
-    """Each layer's keys and values, at `tokens` with the deepest speculation; the draft's cache is as the target's."""
-    return [_kv_bytes(shape, layer, c, tokens, weights) for layer in shape.layers]
+    """Each layer's share, at `tokens` with the deepest speculation; the draft's cache is as the target's."""
+    return [
+        _kv_bytes(shape, layer, c, tokens, weights) + _state_bytes(shape, layer, c, weights) for layer in shape.layers
+    ]
+
+
+def _state_bytes(shape: ModelShape, layer: LayerShape, c: Configuration, weights: str) -> int:
+    state = layer.conv_elements * element_bytes(shape, weights) + layer.recurrent_elements * RECURRENT_BYTES
+    return state * (1 if c.draft == "none" else 2)
 
 
 def _kv_bytes(shape: ModelShape, layer: LayerShape, c: Configuration, tokens: int, weights: str) -> int:
@@ -32,16 +44,29 @@ def _kv_bytes(shape: ModelShape, layer: LayerShape, c: Configuration, tokens: in
     if c.cache == "static":
         return layer.kv_elements * (slots + spare) * element
     slots = -(-slots // CACHE_GROUP) * CACHE_GROUP
-    recent = (CACHE_WINDOW + spare) * element
-    return round(layer.kv_elements * (slots * cache_element_bytes(shape, c.cache, weights) + recent))
+    recent = layer.kv_elements * (CACHE_WINDOW + spare) * element
+    return round(slots * _token_bytes(shape, layer, c.cache, element) + recent)
 
 
-def cache_element_bytes(shape: ModelShape, cache: str, weights: str) -> float:
-    """Bytes of a cached element, with its share of scales and minima."""
+def token_bytes(shape: ModelShape, cache: str, weights: str) -> float:
+    """Bytes per cached token, with its share of scales and minima."""
+    return sum(_token_bytes(shape, layer, cache, element_bytes(shape, weights)) for layer in shape.layers)
+
+
+def stored_share(shape: ModelShape, cache: str, weights: str) -> float:
+    """Bytes per cached token, as a share of those in full precision."""
+    full = sum(layer.kv_elements for layer in shape.layers) * element_bytes(shape, weights)
+    return token_bytes(shape, cache, weights) / full if full else 0.0
+
+
+def _token_bytes(shape: ModelShape, layer: LayerShape, cache: str, element: int) -> float:
+    key, value = (dim or shape.head_dim for dim in layer.head_dims)
+    keys = layer.kv_elements * key / (key + value)
+    values = layer.kv_elements - keys
     match cache:
         case "quantized-8" | "quantized-4" | "quantized-2":
-            channels = math.gcd(CACHE_GROUP, shape.head_dim)
-            return int(cache[-1]) / 8 + CACHE_SCALE / CACHE_GROUP + CACHE_SCALE / channels
+            ranges = keys / CACHE_GROUP + values / math.gcd(CACHE_GROUP, value)
+            return layer.kv_elements * int(cache[-1]) / 8 + ranges * 2 * CACHE_SCALE
         case "quantized-fp8":
-            return 1 + CACHE_SCALE / shape.head_dim
-    return element_bytes(shape, weights)
+            return layer.kv_elements + CACHE_SCALE * (keys / key + values / value)
+    return layer.kv_elements * element

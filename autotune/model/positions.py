@@ -8,12 +8,14 @@ from typing import Any
 # The types of rope scaling whose max_position_embeddings is the length before scaling in some checkpoints and after it
 # in others; with the others it is the length after, unless it is the original one.
 _BEFORE_OR_AFTER = ("yarn", "linear", "dynamic")
+# What families call the length.
+_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length", "seq_length", "n_ctx")
 _AFTER = ("gemma3", "gemma3_text")  # model types that state the length after linear scaling
 
 
 def positions(model_type: str, config: Mapping[str, Any]) -> int | None:
     """The longest text, in tokens; None where the config.json states no length."""
-    stated = config.get("max_position_embeddings", config.get("n_positions"))
+    stated = next((config[name] for name in _NAMES if name in config), None)
     if type(stated) is not int:
         return None
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

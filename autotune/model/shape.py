@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .folder import CONFIG, PlanError, Tensor, read_config, read_tensors, same_tensor
+from .kept import Attention, Kept, attends, kept_by_layer
 from .loaded import loaded
 from .positions import positions
 from .stored import PARTS, QUANTO_GROUP, Packing, UnreadablePacking, read_packing
@@ -19,10 +20,27 @@ from .stored import PARTS, QUANTO_GROUP, Packing, UnreadablePacking, read_packin
 # By the words of a config.json's torch_dtype.
 _ELEMENT_BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-_EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embed_tokens_per_layer)\.")
-_LM_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output)\.weight$")
-_MATRIX = re.compile(r"^(?!.*(?:embed|wpe|norm)).*\.weight$")
-_OTHER_TOWER = re.compile(r"(?:^|\.)(vision|visual|audio|multi_modal)")
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(embed_tokens|embed_in|embed|wte|word_embeddings?|tok_embeddings|tokens_embed|embeddings|embed_tokens_per_layer"
+    r"|input_embedding|w)\.weight$"
+)
+_LM_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output|head)\.weight$")
+_MATRIX = re.compile(r"^(?!.*(?:embed|wpe)[^.]*\.weight$).*\.weight$")
+_OTHER_TOWER = re.compile(r"(?:^|\.)(vision|visual|audio|multi_modal|vqmodel)")
+# Of a mixture: experts' matrices, which are one tensor when loaded, and its router's, which is no linear layer.
+_EXPERT = re.compile(r"\.experts\.\d+\.|\.(?:gate|router)\.weight$")
+# Predicts further tokens, or is a table that is computed: transformers does not load it.
+_NOT_LOADED = re.compile(r"(?:^|\.)mtp[^.]*\.|\.(?:attn|attention)\.(?:masked_)?bias$|\.inv_freq$")
+# Types whose other towers do not lie beside a text tower of its own name, and are loaded with it.
+_WITH_TOWERS = ("fuyu", "phi4_multimodal")
+_SINKS = re.compile(r"\.(?:sinks|softmax_offset|attention_sink_bias)$")
+# What families call a size, where it is not what most of them call it.
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "embedding_dim", "dim")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
+_COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+# Families all of whose layers slide where there is a `sliding_window` (the Qwen ones: from `max_window_layers` on).
+_SLIDING = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 # What transformers fills in where a config.json leaves it out.
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -56,6 +74,10 @@ class LayerShape:
     other_stored: int = 0
     kv_elements: int = 0  # keys and values per token
     window: int | None = None  # tokens that a sliding layer attends to
+    head_dims: tuple[int, int] = (0, 0)  # of a key and of a value; the model's where it is 0
+    conv_elements: int = 0  # the last inputs of its convolutions, held in the model's type whatever the context
+    recurrent_elements: int = 0  # its recurrent state, held in float32 whatever the context
+    fixed: int = 0  # elements of matrices that no word quantizes: experts, convolutions
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,9 @@ class ModelShape:
     exact: bool  # read from tensor headers, not from formulas
     prequantized: bool
     left_out_bytes: int = 0  # of the checkpoint's other towers, which are not loaded
+    soft_capped: bool = False  # attention's scores
+    sinks: bool = False
+    shared_layers: int = 0  # that read another layer's keys and values
 
     @property
     def parameters(self) -> int:
@@ -116,7 +141,8 @@ class ModelShape:
 def read_shape(folder: Path) -> ModelShape:
     """The model's shape, from its tensors' headers or else its family's formulas.
 
-    A `text_config` is followed. Raises PlanError (a ValueError) for a folder or family that cannot be read.
+    A `text_config` is followed, and only what transformers loads for a causal model is counted. Raises PlanError (a
+    ValueError) for a folder or family that cannot be read.
     """
     whole = read_config(folder)
     text = whole.get("text_config")
@@ -130,6 +156,8 @@ def read_shape(folder: Path) -> ModelShape:
         packing = read_packing(config.get("quantization_config"))
     except UnreadablePacking as error:
         raise PlanError(f"{folder / CONFIG}: {error}") from error
+    if isinstance(text, dict) and whole.get("model_type") not in _WITH_TOWERS:
+        tensors = {name: tensor for name, tensor in tensors.items() if not _OTHER_TOWER.search(name)}
     if packing is not None:
         tensors, config = _held(tensors, packing), {**config, "dtype": "bfloat16"}
     try:
@@ -138,7 +166,7 @@ def read_shape(folder: Path) -> ModelShape:
             config["tie_word_embeddings"] = False
         shape = _shape(model_type, config, tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise PlanError(f"{folder / CONFIG} has an unusable value ({error}); download the model again") from error
+        raise PlanError(f"{folder / CONFIG} lacks a usable value ({error}); put the model's own beside it") from error
     return dataclasses.replace(shape, left_out_bytes=left_out)
 
 
@@ -174,36 +202,47 @@ def _held(tensors: Mapping[str, Tensor], packing: Packing) -> dict[str, Tensor]:
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int:
-    value = next((config[name] for name in names if name in config), None)
+    name = next((name for name in names if name in config), names[0])
+    value = config.get(name)
     if type(value) is not int or value < 1:
-        raise KeyError(names[0])
+        raise KeyError(name)
     return value
 
 
 def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> ModelShape:
-    hidden, heads = _first(config, "hidden_size", "n_embd"), _first(config, "num_attention_heads", "n_head")
-    kv_heads = _first(config, "num_key_value_heads", "num_attention_heads", "n_head")
-    head_dim = _first({"head_dim": hidden // heads, **config}, "head_dim")
-    vocab, count = _first(config, "vocab_size"), _first(config, "num_hidden_layers", "n_layer")
+    hidden, vocab = _first(config, *_HIDDEN), _first(config, "vocab_size")
+    if tensors and not attends(tensors):
+        config = {"num_attention_heads": 1, **config}  # has no heads to speak of
+    heads = _first(config, *_HEADS)
+    kv_heads = heads if model_type == "gpt_neox" else _first(config, *_KV_HEADS, *_HEADS)
+    head_dim = _first({"": hidden // heads, **config}, "head_dim", "kv_channels", "dim_head", "")
+    if "kv_lora_rank" in config and "qk_nope_head_dim" in config:  # as its heads see the latent
+        head_dim = _first(config, "qk_nope_head_dim") + _first(config, "qk_rope_head_dim")
+    last = max((int(layer[1]) for layer in map(_layer, tensors) if layer), default=-1)
+    count = _first({"": last + 1, **config}, *_COUNT, "")
     element = _ELEMENT_BYTES.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."), 2)
     tied = bool(config.get("tie_word_embeddings", False))
+    attention = Attention(hidden, heads, kv_heads, head_dim)
     if tensors:
-        blocks, embedding, head = _sort_tensors(tensors, count)
-        tied, head = (tied or head == 0), head or vocab * hidden
+        blocks, embedding, head, within = _sort_tensors(tensors, count)
+        # A head of another size than the embedding is one of its own, whatever the config says.
+        same = any(math.prod(t.shape) == head for name, t in tensors.items() if _EMBEDDING.search(name))
+        tied = head == 0 or (tied and same)
+        head = head or vocab * hidden
         embedding = embedding or (head if tied else 0)  # a tied pair may be stored under either name
+        kept = kept_by_layer(config, within, attention)
+        kv_heads = max((each.keys // each.head_dims[0] for each in kept if each.keys), default=kv_heads)
     else:
         blocks = [_formula(model_type, config, hidden, heads * head_dim, kv_heads * head_dim, element)] * count
         norms = 2 * hidden if model_type == "gpt_neox" else hidden
         blocks.append(LayerShape((), norms, norms * element))
         embedding = head = vocab * hidden
-    kv = 2 * kv_heads * head_dim
+        kept = [attention.kept] * count
     windows = _windows(model_type, config, count)
     if len(windows) != count or not all(window is None or type(window) is int for window in windows):
         raise ValueError("layer_types or sliding_window")
-    layers = tuple(
-        LayerShape(block.linears, block.other, block.other_stored, 0 if window == 0 else kv, window or None)
-        for block, window in zip(blocks, windows, strict=False)
-    )
+    if isinstance(config.get("intermediate_size"), list):
+        config["intermediate_size"] = max(config["intermediate_size"])  # each layer has its own
     largest = max((max(n.out, n.inp) for b in blocks[:count] for n in b.linears), default=4 * hidden)
     return ModelShape(
         model_type=model_type,
@@ -213,7 +252,7 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=_first({"largest": largest, **config}, "intermediate_size", "largest"),
-        layers=layers,
+        layers=tuple(_with(*each) for each in zip(blocks, kept, windows, strict=False)),
         rest=blocks[count],
         embedding_elements=embedding,
         lm_head_elements=head,
@@ -222,26 +261,62 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
         max_position_embeddings=positions(model_type, config),
         exact=bool(tensors),
         prequantized="quantization_config" in config,
+        soft_capped=config.get("attn_logit_softcapping") is not None,
+        sinks=any(_SINKS.search(name) for name in tensors),
+        shared_layers=int(config.get("num_kv_shared_layers", 0)),
     )
 
 
-def _sort_tensors(tensors: Mapping[str, Tensor], count: int) -> tuple[list[LayerShape], int, int]:
-    """The blocks (`count` layers, then the rest), the elements of the embedding and those of the lm_head."""
+def _with(block: LayerShape, kept: Kept, window: int | None) -> LayerShape:
+    return dataclasses.replace(
+        block,
+        kv_elements=kept.keys + kept.values,
+        window=window,
+        head_dims=kept.head_dims,
+        conv_elements=kept.conv,
+        recurrent_elements=kept.recurrent,
+    )
+
+
+def _layer(name: str) -> re.Match[str] | None:
+    return None if _OTHER_TOWER.search(name) else _LAYER.search(name)
+
+
+def _is_linear(name: str, tensor: Tensor) -> bool:
+    packed = tensor.dtype == "PACKED"
+    return tensor.dtype[0] in "FBP" and bool(_MATRIX.search(name)) and (packed or not _EXPERT.search(name))
+
+
+def _sort_tensors(
+    tensors: Mapping[str, Tensor], count: int
+) -> tuple[list[LayerShape], int, int, list[dict[str, Tensor]]]:
+    """The blocks (`count` layers, then the rest), the elements of the embedding and those of the lm_head.
+
+    And each layer's tensors by their names within it.
+    """
     linears: list[list[Linear]] = [[] for _ in range(count + 1)]
-    other, stored, embedding, head = [0] * (count + 1), [0] * (count + 1), 0, 0
+    within: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    other, stored, fixed, embedding, head = [0] * (count + 1), [0] * (count + 1), [0] * (count + 1), 0, 0
     for name, tensor in tensors.items():
-        elements = math.prod(tensor.shape)
-        layer = None if _OTHER_TOWER.search(name) else _LAYER.search(name)
-        block = min(int(layer[1]), count) if layer else count
-        if len(tensor.shape) == 2 and layer is None and _LM_HEAD.search(name):
+        layer, elements = _layer(name), math.prod(tensor.shape)
+        block = int(layer[1]) if layer else count
+        if (layer and block >= count) or (_NOT_LOADED.search(name) and len(tensor.shape) != 1):
+            continue  # a checkpoint may hold more than transformers loads
+        if layer:
+            within[block][name[layer.end() :]] = tensor
+        plain = len(tensor.shape) == 2
+        table = plain and layer is None and not _OTHER_TOWER.search(name)
+        if table and _LM_HEAD.search(name):
             head += elements
-        elif len(tensor.shape) == 2 and layer is None and _EMBEDDING.search(name):
+        elif table and _EMBEDDING.search(name):
             embedding += elements
-        elif len(tensor.shape) == 2 and tensor.dtype[0] in "FBP" and _MATRIX.search(name):
+        elif plain and _is_linear(name, tensor):
             linears[block].append(Linear(name, tensor.shape[0], tensor.shape[1], tensor.stored))
         else:
             other[block], stored[block] = other[block] + elements, stored[block] + tensor.stored
-    return [LayerShape(tuple(n), o, s) for n, o, s in zip(linears, other, stored, strict=True)], embedding, head
+            fixed[block] += elements if len(tensor.shape) > 1 else 0
+    blocks = [LayerShape(tuple(n), o, s, fixed=f) for n, o, s, f in zip(linears, other, stored, fixed, strict=True)]
+    return blocks, embedding, head, within
 
 
 def _formula(family: str, config: dict[str, Any], hidden: int, q: int, kv: int, element: int) -> LayerShape:
@@ -272,16 +347,17 @@ def _formula(family: str, config: dict[str, Any], hidden: int, q: int, kv: int, 
 
 
 def _windows(family: str, config: Mapping[str, Any], count: int) -> list[int | None]:
-    """Per layer: the window, None for full attention, 0 for a layer that keeps no keys and values."""
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    """Per layer: the window, or None where it sees all tokens."""
+    window = config.get("sliding_window") or config.get("sliding_window_size")
+    window = window if config.get("use_sliding_window", True) else None
     kinds = config.get("layer_types")
     if kinds is None:
         pattern, first = config.get("sliding_window_pattern"), config.get("max_window_layers", 0)
         if pattern:
             sliding = [bool((layer + 1) % pattern) for layer in range(count)]
         else:
-            sliding = [family in ("mistral", "phi3", "qwen2", "qwen3") and layer >= first for layer in range(count)]
+            sliding = [family in _SLIDING and layer >= first for layer in range(count)]
         return [window if slides else None for slides in sliding]
-    sizes = {"sliding_attention": window, "chunked_attention": config.get("attention_chunk_size")}
-    sizes |= {"linear_attention": 0, "conv": 0, "mamba": 0}
-    return [sizes.get(kind) for kind in kinds]
+    sizes = {"sliding_attention": window, "hybrid_sliding": window}
+    sizes |= {"chunked_attention": config.get("attention_chunk_size")}
+    return [sizes.get(kind) or None for kind in kinds]

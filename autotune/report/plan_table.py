@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator, Mapping
 
 import click
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 from ..config import Configuration, mib
 from ..model.calibration import DEFAULT, largest_context, predict
 from ..model.footprint import Prediction, by_layer
+from ..model.refused import word_refusals
 from ..model.shape import ModelShape
 from ..request import Request, check_inputs
 from .view import describe
@@ -26,7 +28,8 @@ def print_plan(request: Request, as_json: bool) -> None:
     target = shapes[str(request.model)]
     calibration = DEFAULT["cpu" if request.budget.device == "cpu" else "cuda"]
     rows = []
-    for configuration in _distinct(request, target):
+    refused = word_refusals(target, [shapes[str(draft)] for draft in request.drafts])
+    for configuration in _distinct(request, target, refused):
         draft = shapes.get(configuration.draft)
         predictions = {
             context: predict(
@@ -57,6 +60,8 @@ def print_plan(request: Request, as_json: bool) -> None:
     if target.left_out_bytes:
         left_out = mib(target.left_out_bytes)
         console.print(f"The text tower alone: {left_out} of other towers in the checkpoint are not loaded.")
+    for line in _left_out(request, refused):
+        console.print(line)
     console.print("Predictions, before calibration on this machine: autotune run measures.")
 
 
@@ -77,7 +82,17 @@ def print_layers(request: Request, as_json: bool) -> None:
     Console().print(table)
 
 
-def _distinct(request: Request, target: ModelShape) -> list[Configuration]:
+def _left_out(request: Request, refused: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """The space's words that the model cannot run, by their reason."""
+    words: dict[tuple[str, str], list[str]] = {}
+    for knob, reasons in refused.items():
+        for word in request.space.choices[knob]:
+            if word in reasons and (knob != "draft_weights" or request.drafts):
+                words.setdefault((knob, reasons[word]), []).append(str(word))
+    return (f"Left out: {knob} = {', '.join(several)}: {reason}." for (knob, reason), several in words.items())
+
+
+def _distinct(request: Request, target: ModelShape, refused: Mapping[str, Mapping[str, str]]) -> list[Configuration]:
     """The space's configurations that differ in memory: one depth, no launch, the first attention."""
     choices = dict(request.space.choices)
     choices["depth"] = choices["depth"][-1:]
@@ -92,6 +107,7 @@ def _distinct(request: Request, target: ModelShape) -> list[Configuration]:
         sliding=any(layer.window for layer in target.layers),
         quantized=target.prequantized,
         failed={},
+        refused=refused,
     )
     return list(space.configurations())
 

@@ -164,8 +164,12 @@ class Space:
         sliding: bool,
         quantized: bool,
         failed: Mapping[str, Mapping[str, str]],
+        refused: Mapping[str, Mapping[str, str]] | None = None,
     ) -> Space:
-        """What this machine and model can run. Raises SpaceError where a knob has nothing left."""
+        """What this machine and model can run. Raises SpaceError where a knob has nothing left.
+
+        `failed` is what this machine could not run, `refused` what the model cannot: reasons by knob and word.
+        """
         kept: dict[str, tuple[Any, ...]] = {}
         dropped = list(self.dropped)
         for knob, choices in self.choices.items():
@@ -177,7 +181,8 @@ class Space:
                     if not drafts:
                         dropped.append((knob, "model", "no --draft is given"))
                 for name in names:
-                    reason = _impossible(knob, name, device, sliding, quantized, failed)
+                    reason = (refused or {}).get(knob, {}).get(name, "")
+                    reason = reason or _impossible(knob, name, device, sliding, quantized, failed)
                     if reason:
                         dropped.append((knob, str(name), reason))
                     elif name not in left:
