@@ -47,9 +47,9 @@ LAUNCHES = ("eager", "graph", "compile")
 SPECULATIONS = ("constant", "adaptive")
 _ORDER = ("none", "prompt-lookup", *WEIGHTS, *LM_HEADS, *EMBEDDINGS, *CACHES, *ATTENTIONS, *LAUNCHES, *SPECULATIONS)
 
-MIB = 2**20
+MIB = 2**20  # bytes
 ALLOCATOR = "expandable_segments:True"  # PyTorch's, of whoever measures and whoever deploys
-TASK_QUESTIONS = 32  # of a task, the first so many are asked
+TASK_QUESTIONS = 32  # of a task, the first so many are asked; chosen, not measured
 
 
 @dataclass(frozen=True)
@@ -313,6 +313,7 @@ def within_noise(perplexity_ratio: float, floor: Mapping[str, Mapping[str, float
     return any(abs(math.log(perplexity_ratio)) <= measured["ln_ratio"] for measured in floor.values())
 
 
+# Bytes of a unit, as accelerate reads them.
 _BYTE_UNITS = {
     "": 1,
     "b": 1,

@@ -32,9 +32,10 @@ from .trial.inputs import input_files, prepare_inputs, reference_facts, text_fil
 from .trial.process import WorkerFailed
 from .trial.trials import Trials
 
-COMPLETING_S = 60  # beyond the search's time: completing the winner is worth more than one more candidate
+# All chosen, not measured.
+COMPLETING_S = 60  # seconds beyond the search's time: completing the winner is worth more than one more candidate
 COMPLETING_SHARE = 0.1  # of --timeout, the most that completing it takes
-_TRIAL_S = 600.0  # the longest that one measurement may take
+_TRIAL_S = 600.0  # seconds that one measurement may take at most
 _SURE = 0.8  # probability of fitting below which a baseline waits until more is known
 
 

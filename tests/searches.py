@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from autotune.config import MIB, Budget, Configuration, Outcome, Record, Workload
 from autotune.results import read_records
 from autotune.search.search import Search
@@ -92,4 +94,28 @@ def search_in(
         measure=measure,
         known=known,
         **settings,
+    )
+
+
+SHORT, LONG = Configuration(cache="static"), Configuration(cache="dynamic")
+LOW, HIGH = 512, 2560  # the parts between them are 256 tokens long
+BASELINES = [Configuration(), Configuration(weights="bnb-nf4")]
+SMALL = space_of(weights=("bf16", "bnb-nf4"), cache=("dynamic", "static"), prefill_chunk=(0, 32))
+
+
+def trials_in(search: Search, context: int) -> list[optuna.trial.FrozenTrial]:
+    return search.studies.by_context[context].get_trials()
+
+
+def searching(folder: Path, measure: Callable[[Configuration, int, str], Record]) -> Search:
+    studies = Studies(f"sqlite:///{folder / 'study.db'}", "run", {}, (LOW, HIGH), 0)
+    workload, space = Workload(contexts=(LOW, HIGH)), Space({"cache": ("static", "dynamic")})
+    return Search(
+        space=space,
+        workload=workload,
+        budget=Budget(10**9),
+        studies=studies,
+        measure=measure,
+        fits=lambda c, context: "",
+        deadline=time.monotonic() + 60,
     )

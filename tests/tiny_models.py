@@ -137,3 +137,7 @@ def make_model(name: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedM
     for parameter in model.parameters():
         parameter.data.mul_(3)  # so that greedy texts do not settle on one token
     return model.eval().requires_grad_(False)
+
+
+HEADS, DIM, LAYERS = 2, 8, 2  # of the keys and values that tests of caches make
+QUANTIZED = ("quantized-8", "quantized-4", "quantized-2", "quantized-fp8")

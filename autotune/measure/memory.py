@@ -23,7 +23,7 @@ from torch import nn
 
 from ..config import MIB, mib
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)'s words, by glibc's malloc.h
 
 
 class Meter:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+# Both chosen, not measured.
 STEP = 32  # tokens scored per pass, as in a verification
 BLOCK = 16  # tokens per bootstrap block
 

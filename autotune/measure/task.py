@@ -20,6 +20,7 @@ import numpy as np
 from ..config import TASK_QUESTIONS
 from .inputs import UnusableText
 
+# Both chosen, not measured.
 ANSWER = 32  # new tokens at most; an answer ends at a line break
 FEWEST = 8  # questions, below which hardly any loss is beyond error
 

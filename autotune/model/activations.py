@@ -13,16 +13,23 @@ from .kv_cache import cache_element_bytes, kv_by_layer
 from .shape import ModelShape
 from .weights import BNB_BLOCK, element_bytes
 
-HIDDEN_COPIES = 4  # the embeddings, the layer's input, the residual and the normalized input are alive together
-ROTARY = 2  # cosines and sines of every position
-# Keys and values that split_kv dequantizes or repeats at a time for a prompt, one KV head's at least: this much, or so
-# many times the queries' size where that is more, since a chunk's MLP takes as much.
+# Counted from what transformers' layers and the engine hold at once. With these all that is in use is predicted within
+# 5 MiB on an H200 (benchmarks/LOG.md, "Predicting the footprint").
+HIDDEN_COPIES = 4  # vectors a token: the embeddings, the layer's input, the residual and the normalized input
+ROTARY = 2  # vectors of a head's size a token: cosines and sines
+MASK_BYTES = 1  # a pair in PyTorch's boolean mask; the kernel adds a copy of it in the activations' type
+SCORE_BYTES = 4  # a pair: eager softmax works in float32, between scores and probabilities in the activations' type
+LOGIT_BYTES = 4  # a logit: they are cast to float32 for the choice of a token
+
+# Bytes of keys and values that split_kv dequantizes or repeats at a time for a prompt, one KV head's at least: this
+# much, or so many times the queries' size where that is more, since a chunk's MLP takes as much. Chosen: at 16k in
+# chunks of 256 a layer takes 24 MiB where it took 128 (benchmarks/LOG.md, "Where the prompt's memory goes").
 COPIED, COPIED_BY_QUERIES = 16 * MIB, 8
-MASK_BYTES = 1  # the boolean mask; the kernel adds a copy of it in the activations' type
-SCORE_BYTES = 4  # eager softmax works in float32, between scores and probabilities in the activations' type
-LOGIT_BYTES = 4  # logits are cast to float32 for the choice of a token
-UNPACKED = 2**24  # weights that quanto-int4 quantizes, or unpacks, at a time on a GPU
-# bnb-int8 makes a product in int32; on a CPU, scaling it takes float32 copies beside that.
+# Weights that quanto-int4 quantizes, or unpacks, at a time on a GPU: 32 MiB in bf16. Chosen; that fewer would leave
+# `down_proj` too narrow for the GPU was argued, not measured (benchmarks/LOG.md, as above).
+UNPACKED = 2**24
+# An element: bnb-int8 makes a product in int32; on a CPU bitsandbytes scales it by float32 copies beside that, for
+# which the sum of 16 was chosen.
 INT8_PRODUCT_BYTES = {"cuda": 4, "cpu": 16}
 MERGED = (
     "bf16",
@@ -32,24 +39,34 @@ MERGED = (
     "quanto-int4",
     "checkpoint",
 )  # on a GPU, gate and up are one product of these
-# Tokens from which on a whole matrix is expanded before the product; bitsandbytes' own 4-bit kernel takes fewer, and
-# quanto-int4 is expanded on a GPU, UNPACKED weights at a time.
+# Tokens from which on a whole matrix is expanded before the product. bitsandbytes' own 4-bit kernel mostly takes
+# fewer than 8, and more on some GPUs (its backends/cuda/ops.py); quanto-int4 is expanded on a GPU, UNPACKED weights at
+# a time (linear.MANY); int8 matrices always are, where they are not multiplied as they are stored.
 DEQUANTIZED_FROM = {"bnb-nf4": 8, "bnb-fp4": 8, "nf4": 8, "quanto-int8": 1, "int8": 1, "int4": 1, "quanto-int4": 128}
 MULTIPLIED_ON = {"int8": "cpu", "int4": "cuda"}  # an lm_head that is multiplied as it is stored there
-LOAD_COPIES = {"bnb-int8": 2}  # half-precision copies of the matrix being quantized that outweigh a prefill's workspace
-QUANTIZING_BYTES = 14  # quanto-int4 on a GPU, UNPACKED weights at a time: three float32 copies and the codes
-WORKSPACE = {"cuda": 32 * MIB, "cpu": 0}  # cuBLAS keeps one per process (Hopper's; older GPUs take 8 MiB)
-RECORDED_POOL = 22 * MIB  # the least that PyTorch takes for the pool of recorded steps, which use little of it
-HEAP_KEPT = {"cuda": 0, "cpu": 32 * MIB}  # freed activations that the heap keeps at most: twice M_TRIM_THRESHOLD
-# On a CPU, oneDNN's for a draft's shapes and every count of verified tokens, where matrices are, or become, bf16.
+# Half-precision copies of the matrix being quantized, which outweigh a prefill's workspace: chosen, not measured.
+LOAD_COPIES = {"bnb-int8": 2}
+# A weight, of UNPACKED at a time as quanto-int4 quantizes on a GPU (engine/linear.py): three float32 copies, the codes.
+QUANTIZING_BYTES = 14
+# Bytes of PyTorch's workspace for cuBLAS, one per process: on Hopper; PyTorch takes 8 MiB on older GPUs.
+WORKSPACE = {"cuda": 32 * MIB, "cpu": 0}
+# Bytes, the least that PyTorch's allocator takes for the pool of recorded steps, which use little of it: a small block
+# of 2 MiB and a large one of 20 (benchmarks/LOG.md, "Where the prompt's memory goes").
+RECORDED_POOL = 22 * MIB
+
+# What allocator and heap hold: chosen to suit records of benchmarks/plan_error.py, of an H200 those in
+# plan-error-h200/first.txt, of a CPU 200 that are not kept (benchmarks/LOG.md, "Predicting the footprint").
+HEAP_KEPT = {"cuda": 0, "cpu": 32 * MIB}  # bytes of freed activations at most: twice M_TRIM_THRESHOLD
+# Bytes, on a CPU, of oneDNN's kernels for a draft's shapes and every count of verified tokens, where matrices are, or
+# become, bf16.
 DRAFT_KERNELS = 30 * MIB
 # On a GPU every layer's cache is cut out of free blocks, whose rests the next large vectors do not fit: share of the
 # prefill's activations, and as much again of it as a preallocated cache holds of the bytes of one in full precision.
 CUT_BLOCKS, CUT_BY_SLOTS = 0.10, 0.20
 # What grows from chunk to chunk, a cache that is concatenated as well as the vectors of attention, leaves its outgrown
-# blocks with the allocator: share of its last size.
+# blocks with the allocator: share of its last size. Chosen before these records, and kept beside them.
 GROWTH_SLACK = {"cuda": 0.30, "cpu": 0.05}
-QUANTIZED_GROWTH_SLACK = 0.5  # on a CPU: expanded for each pass, and quantized again beside that
+QUANTIZED_GROWTH_SLACK = 0.5  # on a CPU, of it in full precision: expanded for each pass, and quantized again beside
 
 
 def peak_bytes(

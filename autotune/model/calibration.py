@@ -33,7 +33,14 @@ class Calibration:
     error: float | None = None
 
 
-DEFAULT = {"cuda": Calibration(610 * MIB), "cpu": Calibration(380 * MIB)}  # a CUDA context; Python with torch
+# A CUDA context, as run.json in benchmarks/recorded/run-8b-* has it of an H200; Python with torch, 381 MiB in
+# benchmarks/recorded/plan-error-cpu/zen.txt.
+DEFAULT = {"cuda": Calibration(610 * MIB), "cpu": Calibration(380 * MIB)}
+# How far above all records of its kind, as a share of itself, the next may lie: a heap varies more than CUDA's pool.
+# Chosen: on a Zen 5 one request's peaks vary by 1 % (benchmarks/LOG.md, "Predicting the footprint"); CUDA's were not
+# measured so.
+SPREAD = {"cuda": 0.005, "cpu": 0.01}
+_COMPLETED = ("ok", "quality_loss", "wrong_output", "unstable")  # their peaks were not cut short
 
 
 def predict(
@@ -56,11 +63,6 @@ def predict(
     owners["slack"] = movable - owners["activations"]
     floor = decode_floor_s(target, configuration, context, new_tokens, bandwidth) if bandwidth else None
     return dataclasses.replace(said, owners=owners, decode_floor_s=floor)
-
-
-# How far above all records of its kind, as a share of itself, the next may lie: a heap varies more than CUDA's pool.
-SPREAD = {"cuda": 0.005, "cpu": 0.01}
-_COMPLETED = ("ok", "quality_loss", "wrong_output", "unstable")  # their peaks were not cut short
 
 
 def calibrate(pairs: Iterable[tuple[Record, Prediction]], device: str) -> Calibration:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
+LARGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library
+# Bits of an element, by the words of the safetensors format.
 _DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
 _DTYPE_BITS |= {"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}
 

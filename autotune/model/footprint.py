@@ -12,9 +12,12 @@ from .kv_cache import cache_element_bytes, kv_by_layer
 from .shape import ModelShape
 from .weights import block_bytes, element_bytes, model_bytes
 
-KERNELS = {"cuda": 80 * MIB, "cpu": 0}  # code that CUDA loads as it is first used, after the base was read
-INT8_KERNELS = 60 * MIB  # and that of bnb-int8
-# An allocator's segment that is used in part; on a CPU, the code and the kernels of the first pass.
+# Bytes of code that CUDA loads as it is first used, after the base was read: 76 to 82 MiB on an H200, with bnb-int8 140
+# and more (benchmarks/recorded/plan-error-h200/first.txt).
+KERNELS = {"cuda": 80 * MIB, "cpu": 0}
+INT8_KERNELS = 60 * MIB
+# Bytes of an allocator's segment that is used in part; on a CPU, of the code and the kernels of the first pass. Chosen
+# to suit the same records and those of a CPU that are not kept (benchmarks/LOG.md, "Predicting the footprint").
 FRAGMENTS = {"cuda": 20 * MIB, "cpu": 32 * MIB}
 
 

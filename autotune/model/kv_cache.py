@@ -8,10 +8,11 @@ from ..config import Configuration
 from .shape import LayerShape, ModelShape
 from .weights import element_bytes
 
+# As engine/cache/quantized.py and engine/graph.py have them.
 CACHE_GROUP = 64  # tokens (of keys) or channels (of values) that share a scale and a minimum in a quantized cache
 CACHE_SCALE = 2  # bytes of a scale, and of a minimum
 CACHE_WINDOW = 32 + CACHE_GROUP  # slots for the latest tokens, which a quantized cache keeps in full precision
-CACHE_SPARE = 32  # slots more where steps are recorded, which may be longer than what they add
+CACHE_SPARE = 32  # slots more where steps are recorded, which may be longer than what they add: LONGEST tokens
 
 
 def kv_by_layer(shape: ModelShape, c: Configuration, tokens: int, weights: str) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from .folder import CONFIG, PlanError, Tensor, read_config, read_tensors
 from .stored import PARTS, QUANTO_GROUP, Packing, UnreadablePacking, read_packing
 
+# By the words of a config.json's torch_dtype.
 _ELEMENT_BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embed_tokens_per_layer)\.")

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-BITS = 4
+BITS = 4  # of a code: of GPTQ's and AWQ's formats the only width that is read
 PER_WORD = 8  # codes in an int32
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-QUANTO_GROUP = 128  # weights along the input that share a scale, the most, in quanto's qint4 and in our own layer
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output feature, of eight, that each half byte of a word belongs to
+# Weights along the input that share a scale, the most, in quanto's qint4 (optimum.quanto.nn) and in our own layer.
+QUANTO_GROUP = 128
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's: the output, of eight, that each half byte of a word belongs to
 
 
 class UnreadablePacking(ValueError):

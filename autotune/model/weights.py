@@ -6,9 +6,10 @@ from .folder import PlanError
 from .shape import LayerShape, Linear, ModelShape
 from .stored import QUANTO_GROUP
 
+# As bitsandbytes.functional.quantize_4bit stores a matrix by default, with compress_statistics.
 BNB_BLOCK = 64  # weights that share one absmax
 BNB_NESTED_BLOCK = 256  # absmax values that share one second-level scale (double quantization)
-BNB_TABLES = 4 * (16 + 256 + 1)  # float32 code books of both levels and the offset, once per matrix
+BNB_TABLES = 4 * (16 + 256 + 1)  # bytes of float32 code books of both levels and the offset, once per matrix
 
 
 def element_bytes(shape: ModelShape, weights: str) -> int:

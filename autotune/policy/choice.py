@@ -32,7 +32,8 @@ from .compare import (
     within,
 )
 
-TIE = 0.97  # a simpler configuration must reach this share of the best rate to be called a tie in the search
+# Share of the best rate that a simpler configuration must reach to be called a tie in the search; chosen, not measured.
+TIE = 0.97
 
 
 def best_group(records: Iterable[Record], workload: Workload) -> LoadGroup | None:

@@ -17,7 +17,7 @@ from ..config import (
     Configuration,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of a policy file, as SCHEMA_FILE describes it
 SCHEMA_FILE = Path(__file__).parents[1] / "policy.schema.json"
 
 

@@ -37,7 +37,7 @@ from .policy import (
 )
 
 TASK_FIGURES = ("task_exact_match", "task_f1", "task_f1_interval", "task_loss")
-_NAMED = 2  # ties that a rule's note has in words
+_NAMED = 2  # ties that a rule's note has in words; chosen
 
 
 def make_policy(

@@ -24,7 +24,8 @@ from ..trial.process import WorkerFailed
 from ..trial.trials import Trials, lost_answers
 from .policy import Policy, PolicyError, Rule
 
-SLACK = 0.15  # how far below its interval a rate may fall on the machine that measured it: other load, other clocks
+# All chosen, not measured.
+SLACK = 0.15  # share by which a rate may fall below its interval: other load, other clocks
 WIDEST = 0.5  # an interval's lower end counts as at least this share of its median: [0, high] promises something too
 ROUNDING = 0.002  # how far past its interval a perplexity ratio may be: other kernels round differently
 

@@ -14,7 +14,7 @@ from ..config import MIB, OUTCOMES, Configuration, LoadGroup, Record
 from .view import Answer, Html, View, describe, join, knob_texts, number, quality_loss, quality_loss_error, tag, words
 
 _INK, _FAINT, _GRID, _CHOSEN, _FAILED = "#1f2933", "#9aa5b1", "#e4e7eb", "#c2410c", "#8a4b3c"
-# Lightness falls steadily, so that it reads without colour as well.
+# Colours by share of the scale; chosen. Lightness falls steadily, so that it reads without colour as well.
 _FOOTPRINT = [[0, "#b8e0d2"], [0.35, "#52a9b5"], [0.7, "#2a6496"], [1, "#241a54"]]
 _LINES = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7b61a8")  # Okabe and Ito's, but for the last
 _SYMBOLS = ("square", "triangle-up", "diamond", "cross", "triangle-down", "pentagon")

@@ -17,7 +17,7 @@ from ..model.shape import ModelShape
 from ..request import Request, check_inputs
 from .view import describe
 
-SHOWN = 24  # rows
+SHOWN = 24  # rows of the table; chosen
 
 
 def print_plan(request: Request, as_json: bool) -> None:

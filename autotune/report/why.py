@@ -10,9 +10,9 @@ from ..config import MIB, Record
 from ..policy.compare import speedup
 from .view import Answer, Html, View, describe, join, number, tag, words
 
-_GB = 10**9
-_POINT = 0.01  # of quality loss
-_MATTERS = 0.05  # share from which a knob is named
+_GB = 10**9  # bytes
+_POINT = 0.01  # of quality loss: 1 %
+_MATTERS = 0.05  # share of importance from which on a knob is named; chosen
 _NO_FAULT = ("ok", "timeout", "unstable")
 
 

@@ -19,11 +19,12 @@ from ..config import OUTCOMES, Configuration, Record
 from ..results import RunError, read_info
 from .space import Space
 
+# All chosen, not measured.
 _FOLDERS = 50  # that are looked into, those changed last first
 _RECORDS = 200  # that are used in all
-_LARGEST = 2**25  # bytes of a trials.csv
-_LIKE = 1.5  # footprints of a model like this one are, as predicted for this one, off by this factor at most
-_TOKENS = 2**24  # the longest context
+_LARGEST = 2**25  # bytes of a trials.csv that is read
+_LIKE = 1.5  # factor at most by which footprints of a model like this one are off, as predicted for this one
+_TOKENS = 2**24  # of the longest context, and the most new ones, that are believed
 _KNOBS = tuple(Configuration.__dataclass_fields__)
 _FIGURES = ("tokens_per_s", "decode_tokens_per_s", "ttft_s", "spread", "peak_bytes", "base_bytes")
 

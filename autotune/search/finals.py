@@ -18,9 +18,11 @@ from .schedule import CARE_OVER_LOOK, measured_alike, seconds_for
 from .search import Search, also, complete
 from .watch import Watch
 
-FINAL_ROUNDS = 2  # how often chosen and baseline are measured again, in turn, each in a fresh worker
-FINAL_SHARE = 1 / 3  # of --timeout, the most that this takes where one turn with contender and rivals takes no more
+# All chosen, none measured beside other values.
+FINAL_ROUNDS = 2  # turns in which chosen and baseline are measured again, each in a fresh worker
+FINAL_SHARE = 1 / 3  # of --timeout, the most that finals take where one turn with contender and rivals takes no more
 RIVALS = 3  # per context, the most that are measured again beside the chosen
+_UNSURE = 0.3  # probability of fitting below which a baseline that waited through the search is not measured at all
 
 
 def measure_finals(
@@ -214,9 +216,6 @@ def reserve(search: Search, reloads: bool, timeout_s: float, reference_s: float)
     ]
     finals += longest  # the search's last look may begin right before its end
     return min(timeout_s * 0.4, finals + sum(looks) + (reference_s if looks else 0))
-
-
-_UNSURE = 0.3  # and then is not measured
 
 
 def finalists(

@@ -9,9 +9,13 @@ from ..model.calibration import DEFAULT, Calibration, calibrate, predict
 from ..model.footprint import Prediction
 from ..model.shape import ModelShape
 
-_LEARNT = 4  # measured peaks from which the plan is calibrated
-_GROWN = 1.1  # as often as there are so many times more, as the time that it takes grows with their square
-_UNTRIED = 0.07  # relative error of the plan that is allowed for before it has shown its own
+_LEARNT = 4  # measured peaks from which on the plan is calibrated; chosen, not measured
+# Times more peaks, after which it is calibrated again, as that takes time that grows with their square; chosen, to do
+# so less often than after every record (benchmarks/LOG.md, "The search on a recorded sweep of the bundled pair").
+_GROWN = 1.1
+# Relative error of the plan that is allowed for before it has shown its own, and at most; chosen. The 95th percentile
+# before calibration was 1.4 to 5.0 % since (benchmarks/LOG.md, "Predicting the footprint").
+_UNTRIED = 0.07
 
 
 class Foresight:

@@ -20,15 +20,19 @@ from .knowledge import TOO_LARGE
 from .pairs import ONE_ROUND, Pairs
 from .surrogate import improvement
 
-_UNCOVERED = 2.0  # ln(rate) below the worst, which a context that a load group does not serve counts as
-_POSSIBLE = 0.1  # probability of being feasible below which a load group does not hope to serve a context
-_RISK = 0.1  # of the looks may go over the budget
-_CREDIT = 0.5  # of one that does, to begin with
-_LIKELY = 0.5  # probability of being feasible below which nothing is hoped for from what else a look tells
-_LOOKS = 3  # at the same pair, the most; the finals look at what is chosen again
-_DOUBT = 0.0003  # of the policy's ln(rate), the least for which something is looked at again
-_OUTCOMES = 15  # of a look, which stand for what it may say
-_SHARED = 2.0  # of a load, in looks at every context, is laid on the look that begins it
+# Sections are of benchmarks/LOG.md, whose figures are replays of recorded sweeps (benchmarks/search_regret.py).
+_UNCOVERED = 2.0  # ln(rate) below the worst, which a context that is not served counts as; chosen, not measured
+_POSSIBLE = 0.1  # probability of being feasible below which a group does not hope to serve a context; chosen as well
+# Share of the looks that may go over the budget, and looks that may do so to begin with: 10.3 % went over, 10.5 with
+# one to begin with, 19 without a bound ("The search on a recorded sweep of the bundled pair").
+_RISK, _CREDIT = 0.1, 0.5
+# Probability of fitting that the surest look must have once a group leads, else the search ends: 0.75 lost (as above).
+# Below the same of being feasible nothing is hoped for from what else a look tells; chosen.
+_LIKELY = 0.5
+_LOOKS = 3  # at the same pair, the most: argued ("Second looks"), not measured; finals look at what is chosen again
+_DOUBT = 0.0003  # of the policy's ln(rate), the least for which a pair is looked at again: 0.001 did as well (there)
+_OUTCOMES = 15  # of a look, which stand for what it may say: nodes of a Gauss-Hermite rule; chosen, not measured
+_SHARED = 2.0  # of a load, over the number of contexts, is laid on the look that begins it; chosen, not measured
 
 
 class Outlook:
@@ -91,8 +95,9 @@ class Outlook:
     def _least(self, closed: Any) -> float:
         """The least probability of fitting that a look must have, so that about a tenth of all go over the budget.
 
-        Each look allows for a tenth of one that does not fit, and begins with one whole. Where no pair is as sure as
-        that, the surest are looked at, unless every context is served and even they are not likely to fit.
+        Each look allows for a tenth of one that does not fit, and the search begins with half of one. Where no pair
+        is as sure as that, the surest are looked at, unless every context is served and even they are not likely to
+        fit.
         """
         known, open_ = self.known, self.pairs.chances()[~closed]
         if known.predicted is None or not len(open_):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..config import Configuration, Record
 from .search import Search
 
-CARE_OVER_LOOK = 1.1  # time that a finalist's measurement takes, over that of a look which also measured quality
+# Time that a finalist's measurement takes, over that of a look which also measured quality; chosen, not measured.
+CARE_OVER_LOOK = 1.1
 
 
 def measured_alike(search: Search, configuration: Configuration, context: int) -> Record | None:

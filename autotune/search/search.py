@@ -21,9 +21,11 @@ from .study import Studies
 
 Measure = Callable[[Configuration, int, str], Record]
 
+# All chosen, not measured.
 _TRIES = 3  # winners elsewhere that are tried at a context before the load group is left without a record there
 COMPARABLE = ("ok", "quality_loss", "unstable")  # of a baseline, which need not be recommendable to be compared with
-_SURE = 0.9  # probability of fitting above which a search begins with what experience favours
+_SURE = 0.9  # probability of fitting from which on a search begins with what experience favours
+_FEW = 2000  # pairs of a space up to which what was not measured is looked through, one by one, for what cannot fit
 
 
 @dataclass(kw_only=True)
@@ -164,9 +166,6 @@ def also(search: Search, configuration: Configuration, context: int) -> str:
     if not known and (search.now() >= search.deadline or search.too_large(configuration, context)):
         return ""
     return search.measured(configuration, context).outcome
-
-
-_FEW = 2000  # pairs that are looked through one by one
 
 
 def coverage(search: Search) -> str:

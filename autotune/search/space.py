@@ -43,8 +43,8 @@ _WORDS: dict[str, tuple[str, ...] | None] = {
     "prefill_chunk": None,
     "launch": LAUNCHES,
 }
-_MAX_DEPTH = 16
-_MAX_RANGE = 64  # values between low and high
+_MAX_DEPTH = 16  # tokens; chosen, not measured
+_MAX_RANGE = 64  # values between low and high; chosen: more no search could try
 CAPTURABLE = ("static", "quantized-8", "quantized-4", "quantized-2", "quantized-fp8")
 
 

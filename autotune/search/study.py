@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from ..config import Budget, Record, Workload
 from ..results import RECORD, RunError, open_storage
 
-_FINISHED = 10  # trials of a context from which importances are told
+_FINISHED = 10  # trials of a context from which on importances are told; chosen, not measured
 
 
 class Studies:

@@ -24,8 +24,9 @@ Floats = Any  # a numpy array of float64
 
 _KNOBS = tuple(field.name for field in dataclasses.fields(Configuration))
 _DEPTH = _KNOBS.index("depth")
-_DEPTHS = 4.0  # tokens of depth over which its effect changes
-_OCTAVES = 4.0  # doublings of the context over which an effect changes
+# Lengths over which likeness falls to 1 / e; both chosen, not measured.
+_DEPTHS = 4.0  # tokens of depth
+_OCTAVES = 4.0  # doublings of the context
 
 
 @dataclasses.dataclass

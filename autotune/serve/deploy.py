@@ -31,7 +31,7 @@ from ..engine.decode import Engine, Generation, Sampling
 from ..measure.memory import Meter, out_of_memory
 from ..policy.policy import ModelInfo, Policy, PolicyError, Rule
 
-_SMALL = 64 * MIB  # bytes of a file that is hashed before it is loaded
+_SMALL = 64 * MIB  # bytes of a file that is hashed before loading, at most; chosen, not measured
 FinishReason = Literal["stop", "length", "closed"]
 
 

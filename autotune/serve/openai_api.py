@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .deploy import LLM, Served, Stream
 
-# Parameters of the API that the engine does not have, and the values of them that ask for nothing.
+# Parameters of OpenAI's API that the engine does not have, and the values of them that ask for nothing.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune.serve")
 
-SHUTDOWN_S = 5  # what is still running this long after Ctrl-C is ended
+SHUTDOWN_S = 5  # seconds after Ctrl-C in which what still runs is ended; chosen, not measured
 _Word = TypeVar("_Word")
 
 

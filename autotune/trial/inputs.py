@@ -14,6 +14,10 @@ from ..model.shape import read_shape
 from . import references
 from .process import WorkerProcess
 
+# Both chosen, not measured.
+_WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
+_PARTS = 8  # into which what lies between two contexts is cut: three halvings find the part where a choice changes
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -25,9 +29,6 @@ class Inputs:
     tokens: str
     references: dict[int, str]
     task: str | None = None
-
-
-_WINDOWS = {False: 4, True: 2}  # windows scored per context; fewer where a row of logits is large
 
 
 def score_reference(
@@ -134,9 +135,6 @@ def text_file(workload: Workload, folder: Path) -> Path:
     path = folder / "text.txt"
     path.write_text(held_out_text(), encoding="utf-8")
     return path
-
-
-_PARTS = 8  # into which what lies between two contexts is cut: three halvings find the part where a choice changes
 
 
 def lengths_between(low: int, high: int) -> list[int]:

@@ -19,7 +19,7 @@ from typing import Any
 from ..config import ALLOCATOR, Outcome
 from .witness import Witness
 
-STARTUP_S = 300.0
+STARTUP_S = 300.0  # seconds of either step; chosen: 14 to 18 s were seen, nearly all of it imports (benchmarks/LOG.md)
 WORKER = (sys.executable, "-m", "autotune.trial.worker")
 Phase = Callable[[str], None]
 

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-LIMIT = 2 * 10**9  # bytes; the files that were used least recently go first
+LIMIT = 2 * 10**9  # bytes, chosen; the files that were used least recently go first
 _SUFFIX = ".reference"
 
 

@@ -14,11 +14,14 @@ from ..config import MIB, Budget, Configuration, LoadGroup, Outcome, Record, Wor
 from .inputs import Inputs, score_reference
 from .process import Phase, WorkerFailed, WorkerProcess
 
-LOAD_S = 900.0
+# All chosen, not measured beside others.
+LOAD_S = 900.0  # seconds of a load; 8 to 33 s were seen of an 8B (benchmarks/LOG.md, "What a sweep costs")
 STABLE = 0.5  # standard deviation of the rounds' rates, relative to their median, above which a figure is no figure
-BUSY = 0.25  # share of the time in which others kept the processors, or the GPU, from a measurement that counts
-_LOOK, _CARE = (2, 6.0), (3, 10.0)  # least rounds and seconds of them: while searching, and for finalists
-SPILL = 256 * MIB  # a CUDA context's size is known only so well where NVML does not tell it
+# Share of the time in which others kept the processors, or the GPU, from a measurement that counts, at most. A planted
+# busy GPU gave 0.8 (benchmarks/recorded/planted-faults-h200.txt).
+BUSY = 0.25
+_LOOK, _CARE = (2, 6.0), (3, 10.0)  # least rounds, and seconds after which there are no more: looks, finals
+SPILL = 256 * MIB  # bytes; a CUDA context's size is known only so well where NVML does not tell it
 
 _QUALITY = tuple(
     field.name

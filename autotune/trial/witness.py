@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-SAMPLE_S = 0.004  # the witness looks this often: 250 Hz
+SAMPLE_S = 0.004  # seconds from look to look: 250 Hz; chosen, not measured
 
 
 class Witness(threading.Thread):

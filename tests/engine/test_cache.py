@@ -34,9 +34,9 @@ from autotune.engine.support import Unsupported
 from tests.tiny_models import FAMILIES, tiny
 from tests.tiny_models import WINDOW as SLIDING_WINDOW
 
-HEADS, DIM, LAYERS = 2, 8, 2
+from ..tiny_models import DIM, HEADS, LAYERS, QUANTIZED
+
 CAPACITY = 320
-QUANTIZED = ("quantized-8", "quantized-4", "quantized-2", "quantized-fp8")
 HERE = tuple(word for word in CACHES if word != "offloaded")  # what a CPU can run
 
 SHAPE: dict[str, Any] = {

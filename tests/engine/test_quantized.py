@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from autotune.engine.cache import GROUP, Float8Layer, make_cache
 from autotune.engine.cache.quantized import _numbers, _pack, _unpack
-from tests.engine.test_cache import HEADS, QUANTIZED
-from tests.tiny_models import tiny
+from tests.tiny_models import HEADS, QUANTIZED, tiny
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

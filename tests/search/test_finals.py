@@ -10,11 +10,13 @@ import pytest
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.policy.choice import settle
 from autotune.results import read_records
-from autotune.search.finals import _learnt, _rivals, measure_finals, reserve
+from autotune.search.finals import _learnt, _rivals, finalists, measure_finals, reserve
 from autotune.search.search import Search
 from autotune.search.space import Space
 from autotune.search.study import Studies
 from tests.records import Notes, synthetic_record
+
+from ..searches import HIGH, LOW, searching
 
 LEADER = Configuration(weights="bnb-nf4", cache="static", prefill_chunk=256)
 STOCK = Configuration(weights="bf16")
@@ -361,3 +363,40 @@ def test_the_search_leaves_the_finals_their_time_and_its_own_last_look(
 ) -> None:
     finals = Finals(tmp_path, 0.0, known=(LEADER, STOCK))
     assert reserve(finals.search, False, timeout_s, 5.0) == pytest.approx(min(expected + 10 / 1.1, 0.4 * timeout_s))
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+def test_what_is_stock_at_the_longest_context_is_measured_at_the_others_for_they_may_have_to_share_it(
+    tmp_path: Path, reloads: bool
+) -> None:
+    large, small, fast = Configuration(), Configuration(weights="bnb-nf4"), Configuration(weights="quanto-int4")
+
+    def measure(configuration: Configuration, context: int, stage: str) -> Record:
+        outcome = "over_budget" if (configuration, context) == (large, HIGH) else "ok"
+        return synthetic_record(configuration, context, outcome=outcome, stage=stage)  # type: ignore[arg-type]
+
+    search = searching(tmp_path, measure)
+    search.baseline([large, small])
+    for context in (LOW, HIGH):
+        search.measured(fast, context)
+    chosen, baselines = finalists(search, [large, small], reloads, 60)
+    assert baselines == {LOW: large, HIGH: small}
+    assert ((small, LOW) in search.known) == (not reloads)
+    assert set(chosen) == {LOW, HIGH}
+
+
+@pytest.mark.parametrize(("rate", "reloads"), [(98.0, False), (98.0, True), (80.0, False)])
+def test_a_load_near_the_best_is_measured_at_the_contexts_that_it_lacks(
+    tmp_path: Path, rate: float, reloads: bool
+) -> None:
+    fast, other = Configuration(weights="quanto-int4"), Configuration(weights="bnb-nf4")
+
+    def measure(configuration: Configuration, context: int, stage: str) -> Record:
+        rates = (100.0,) * 3 if configuration == fast else (rate,) * 3
+        return synthetic_record(configuration, context, rates, stage=stage)
+
+    search = searching(tmp_path, measure)
+    for configuration, context in ((fast, LOW), (fast, HIGH), (other, LOW)):
+        search.measured(configuration, context)
+    finalists(search, [], reloads, 60)
+    assert ((other, HIGH) in search.known) == (rate > 90 and not reloads)
