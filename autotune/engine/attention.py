@@ -68,7 +68,7 @@ def bind(model: PreTrainedModel, cache: Cache | None) -> None:
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int):
-            module.kv_layer = None if cache is None else layers_of(cache)[index]  # type: ignore[assignment]
+            module.kv_layer = None if cache is None else cache.layers[index]  # type: ignore[assignment]
 
 
 def _mask(*args: Any, q_offset: int | torch.Tensor = 0, **kwargs: Any) -> torch.Tensor | None:

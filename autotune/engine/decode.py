@@ -22,6 +22,7 @@ from .cache import stored_bytes
 from .depth import PROBE, AdaptiveDepth
 from .graph import Recordings
 from .load import lacks, load_model, usual_attention
+from .net import check_steps
 from .runner import Runner
 
 _P = ParamSpec("_P")
@@ -113,6 +114,9 @@ class Engine:
                 attention=usual_attention(group.draft) if lacks(group.draft, group.attention) else group.attention,
                 device=device,
             )
+        progress("checking steps through the cache")
+        for model in [target] if draft is None else [target, draft]:
+            model.fed_singly = not check_steps(model, device, group.embeddings)  # type: ignore[assignment]
         return cls(target, draft, group, device)
 
     @property
@@ -207,6 +211,7 @@ class Engine:
                 adaptive.observe(0, 0, time.perf_counter() - began)
             return [token]
         drafted, draft_probabilities = proposal
+        target.keep()
         logits = target.feed(torch.cat([pending, drafted]))
         kept, tokens = _verify(logits, drafted, draft_probabilities, sampling, generator)
         target.rollback(len(drafted) - kept)
@@ -348,10 +353,13 @@ class _ModelDraft:
             self.runner.settle()
             self.seen, unseen = self.seen + 1, unseen[1:]
         depth = min(depth, self.runner.room - len(unseen) + 1)
-        drafted, probabilities = [], []
+        drafted: list[torch.Tensor] = []
+        probabilities: list[torch.Tensor] = []
         feed = unseen
         for _ in range(depth):
             logits = self.runner.feed(feed, keep=1)[-1][: self.vocabulary]
+            if not drafted:
+                self.runner.keep()  # what it was given so far stays
             feed = _choose(logits, sampling, generator)[None]
             drafted.append(feed)
             if sampling.temperature > 0:

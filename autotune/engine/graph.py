@@ -23,7 +23,17 @@ from transformers import PreTrainedModel
 
 from ..config import Configuration, LoadGroup
 from .attention import bind
-from .cache import WINDOW, Lengths, advance, layers_of, lengths_on_device, restart, room, stored_tokens
+from .cache import (
+    WINDOW,
+    Lengths,
+    advance,
+    copy_states,
+    go_back_to,
+    lengths_on_device,
+    restart,
+    room,
+    stored_tokens,
+)
 from .fusion import Fusion
 from .runner import Runner
 from .support import Unsupported
@@ -169,12 +179,13 @@ class StepRunner(Runner):
         """Begin a request with `cached` tokens in the cache, and steps of `sizes` to which shorter ones are padded."""
         if not cached:
             restart(self.cache)
-            self.held, self.mark = [], None
+            self.tokens, self.held, self.mark = 0, [], None
         self.sizes = sizes
         self._bind(self.cache)
 
     def _restart(self) -> None:
         restart(self.cache)
+        self.tokens = 0
 
     def close(self) -> None:
         self.steps.clear()
@@ -182,15 +193,15 @@ class StepRunner(Runner):
 
     def feed(self, tokens: torch.Tensor, keep: int = 0) -> torch.Tensor:
         """As Runner's; the logits lie in a buffer that the next step of the same size overwrites."""
-        count, held = len(tokens), layers_of(self.cache)[0].tokens()
+        count, held = len(tokens), self.tokens
         if held + count > self.capacity:
             raise ValueError(f"{held + count} tokens do not fit a cache of {self.capacity}")
         if self._outgrown(tokens):
             return self._prefill_anew()
         size = min((size for size in self.sizes if size >= count), default=count)
-        if size - count > self._same():  # what pads a step would count as text
-            size = count
-        if size > LONGEST or count > room(self.cache):
+        if self.stateful or size - count > self._same():
+            size = count  # what pads a step would count as text, and a state would see it
+        if size > LONGEST or count > room(self.cache) or (self.singly and count > 1):
             return self._forward(tokens, keep)
         self.lengths.tokens.fill_(held)
         self.lengths.stored.fill_(stored_tokens(self.cache))
@@ -200,6 +211,7 @@ class StepRunner(Runner):
         step.tokens[:count].copy_(tokens)
         logits = step.replay()
         advance(self.cache, count)
+        self.fed(tokens)
         return logits[count - keep if keep else 0 : count]
 
     def _record(self, size: int) -> _Step:
@@ -208,12 +220,14 @@ class StepRunner(Runner):
 
         def run() -> torch.Tensor:
             with lengths_on_device(self.cache, self.lengths), self.fusion():
-                output = forward(**self.inputs(tokens), past_key_values=self.cache, use_cache=True)
+                output = forward(**self.inputs(tokens, self.lengths.tokens), use_cache=True)
             return output.logits[0]  # type: ignore[no-any-return]
 
         if self.launch == "eager" or self.device == "cpu":
             return _Step(tokens, run)
+        states = copy_states(self.cache)
         self._warm_up(run)
+        go_back_to(self.cache, states)
         return _Step(tokens, self._capture(run))
 
     def _warm_up(self, run: Callable[[], torch.Tensor]) -> None:

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from itertools import takewhile
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .cache import Mark, make_cache, mark, resume, rollback, room, settle
+from .cache import (
+    Mark,
+    copy_states,
+    go_back_to,
+    make_cache,
+    mark,
+    quantized,
+    resume,
+    rollback,
+    room,
+    settle,
+    states_of,
+)
+from .cache.state import StateCopy
 from .embedding import HostEmbedding
 from .rope import rope_of
+from .support import Unsupported
 
 
 class Runner:
@@ -24,13 +40,22 @@ class Runner:
         self.model, self.device, self.capacity = model, device, capacity
         self._empty = partial(make_cache, cache, model.config, capacity, device, spare)
         self.cache: Cache = self._empty()
-        self.held: list[int] = []  # the tokens that the cache is known to hold, between requests
-        self.mark: Mark | None = None
         self.rope = rope_of(model)
-        self.text = torch.empty(
-            0, dtype=torch.int64, device=device
-        )  # what the cache holds, where the rope depends on its length
+        # what the cache holds, where the rope depends on its length
+        self.text = torch.empty(0, dtype=torch.int64, device=device)
         self.length, self.chunk = 0, 0  # of the text that the cache was prefilled for, and of its passes
+        self.tokens = 0  # that the cache holds
+        self.held: list[int] = []  # those that it is known to hold, between requests
+        self.mark: Mark | None = None
+        self.stateful = bool(states_of(self.cache))
+        self._kept: list[StateCopy] = []  # the states before what may be rolled back
+        self._since: list[torch.Tensor] | None = None  # what was fed since then
+        taken = signature(model.forward).parameters
+        self.argument = next((name for name in ("past_key_values", "cache_params") if name in taken), None)
+        if self.argument is None:
+            raise Unsupported(f"{model.config.model_type} takes no cache, and keeps its state in another way")
+        self.positions = self.stateful and "position_ids" in taken  # some count from zero in each pass
+        self.singly = getattr(model, "fed_singly", False)  # with a past, as `net` has found
         self.embed = HostEmbedding(model.get_input_embeddings()) if embeddings == "host" and device != "cpu" else None
 
     @property
@@ -68,17 +93,29 @@ class Runner:
         return logits
 
     def _restart(self) -> None:
-        self.cache = self._empty()
+        self.cache, self.tokens = self._empty(), 0
 
     def _forward(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
-        output = self.model(**self.inputs(tokens), past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        if self.singly and self.tokens and len(tokens) > 1:
+            return torch.cat([self._forward(token, 1) for token in tokens.split(1)])[-keep:]
+        output = self.model(**self.inputs(tokens, self.tokens), use_cache=True, logits_to_keep=keep)
+        self.fed(tokens)
         return output.logits[0]  # type: ignore[no-any-return]
 
-    def inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the model is given for `tokens` [n]."""
+    def fed(self, tokens: torch.Tensor) -> None:
+        """Count what went into the cache."""
+        self.tokens += len(tokens)
+        if self._since is not None:
+            self._since.append(tokens)
+
+    def inputs(self, tokens: torch.Tensor, held: int | torch.Tensor) -> dict[str, Any]:
+        """What the model is given for `tokens` [n] behind those that its cache holds, and the cache."""
+        cache: dict[str, Any] = {self.argument: self.cache}  # type: ignore[dict-item]
+        if self.positions:
+            cache["position_ids"] = (held + torch.arange(len(tokens), device=self.device))[None]
         if self.embed is None:
-            return {"input_ids": tokens[None]}
-        return {"inputs_embeds": self.embed(tokens)[None]}
+            return {"input_ids": tokens[None], **cache}
+        return {"inputs_embeds": self.embed(tokens)[None], **cache}
 
     def prefill(
         self,
@@ -99,13 +136,15 @@ class Runner:
             self.length = len(prompt) + more
             self.rope.begin(self.length)
         logits = None
-        parts = torch.tensor(prompt[cached:], device=self.device).split(chunk or len(prompt))
+        parts = [*torch.tensor(prompt[cached:], device=self.device).split((0 if self.singly else chunk) or len(prompt))]
+        if marking and self.stateful and not quantized(self.cache) and len(parts[-1]) > 1:
+            parts[-1:] = parts[-1].split([len(parts[-1]) - 1, 1])  # where the next prompt is likely to go on
         for part in parts:
             if ended():
                 return None
             if marking and part is parts[-1]:
                 self.mark = None  # not two at a time
-                self.mark = mark(self.cache, chunk)
+                self.mark = mark(self.cache, self.tokens, chunk)
             logits = self._forward(part, keep=1)
             self.settle()
         return logits
@@ -119,7 +158,8 @@ class Runner:
         if self.rope is not None and not self._as_fresh(len(prompt)):
             return 0
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, prompt[:-1], strict=False)))
-        return resume(self.cache, common, chunk, self.mark)
+        self.tokens = resume(self.cache, common, len(held), chunk, self.mark)
+        return self.tokens
 
     def _as_fresh(self, length: int) -> bool:
         """Whether what is held was rotated as a fresh start would for a prompt of so many tokens."""
@@ -130,14 +170,37 @@ class Runner:
 
     def hold(self, tokens: list[int]) -> None:
         """The request is over: of what the cache holds, `tokens` are known."""
-        self.held = tokens[: self.cache.get_seq_length()]
+        self.held = tokens[: self.tokens]
 
     def settle(self) -> None:
         settle(self.cache)
 
+    def keep(self) -> None:
+        """What is fed from here on may be rolled back: a copy of each state is kept, which takes its memory once more.
+
+        Keys and values are forgotten by their number. A state cannot forget; it goes back to the copy and is fed again
+        what stays, in a pass of its own.
+        """
+        if self.stateful:
+            self._kept, self._since = copy_states(self.cache, self._kept), []
+
     def rollback(self, tokens: int) -> None:
-        rollback(self.cache, tokens)
+        """Forget the newest `tokens` tokens; a model with states has to `keep` before it is fed them."""
+        since, self._since = self._since, None
+        if tokens > 0 and self.stateful:
+            assert since is not None
+            fed = torch.cat(since)
+            self._forget(len(fed))
+            go_back_to(self.cache, self._kept)
+            if tokens < len(fed):
+                self.feed(fed[: len(fed) - tokens], keep=1)
+        else:
+            self._forget(tokens)
         settle(self.cache)
+
+    def _forget(self, tokens: int) -> None:
+        rollback(self.cache, tokens)
+        self.tokens -= tokens
         self.text = self.text[: len(self.text) - tokens]
 
     def close(self) -> None:

@@ -7,13 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
-    FalconH1Config,
-    Lfm2Config,
     LlamaConfig,
-    MambaConfig,
     MistralConfig,
     Qwen3Config,
-    Qwen3NextConfig,
 )
 from transformers.cache_utils import Cache
 
@@ -404,22 +400,6 @@ def test_a_window_that_the_model_switches_off_is_no_window():
 def test_offloading_needs_a_gpu():
     with pytest.raises(Unsupported, match="there is no GPU here"):
         make_cache("offloaded", FULL, 100, "cpu")
-
-
-@pytest.mark.parametrize("word", HERE)
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (MambaConfig(), "mamba has linear_attention layers"),
-        (FalconH1Config(), "falcon_h1 has hybrid layers"),
-        (Qwen3NextConfig(), "qwen3_next has linear_attention layers"),
-        (Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2), "lfm2 has conv layers"),
-    ],
-    ids=lambda value: getattr(value, "model_type", ""),
-)
-def test_layers_with_a_state_of_their_own_are_unsupported_by_name(word, config, reason):
-    with pytest.raises(Unsupported, match=f"{reason}: their state cannot be rolled back"):
-        make_cache(word, config, 100, "cpu")
 
 
 @pytest.mark.parametrize("word", [word for word in HERE if word != "sliding"])  # that one knows of them from the config

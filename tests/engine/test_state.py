@@ -1,0 +1,180 @@
+"""Models whose layers keep a state: every cache, chunks and speculation give stock's text; what cannot is refused."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
+    JambaConfig,
+    Lfm2Config,
+    Mamba2Config,
+    NemotronHConfig,
+    OpenAIGPTConfig,
+    Qwen3NextConfig,
+    RwkvConfig,
+)
+
+from autotune.config import Configuration, LoadGroup
+from autotune.engine.cache import copy_states, go_back_to, make_cache, states_of, stored_bytes
+from autotune.engine.decode import Engine
+from autotune.engine.net import check_steps
+from autotune.engine.support import Unsupported
+from tests.tiny_models import VOCABULARY, draft_of, tokens
+
+_SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "pad_token_id": 0, "eos_token_id": None}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+CONFIGS = {
+    "delta net": Qwen3NextConfig(
+        **_SIZE,
+        **_HEADS,
+        **_DELTA,
+        **_EXPERTS,
+        head_dim=16,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    ),
+    "convolution": Lfm2Config(**_SIZE, **_HEADS, layer_types=["conv", "full_attention"] * 2, block_multiple_of=16),
+    "both in a layer": FalconH1Config(**_SIZE, **_HEADS, **_MAMBA, mamba_d_ssm=64, head_dim=8),
+    "positions from zero": BambaConfig(**_SIZE, **_HEADS, **_MAMBA, attn_layer_indices=[1, 3]),
+    "no attention": Mamba2Config(**_SIZE, num_heads=4, head_dim=16, n_groups=1, state_size=8, chunk_size=16),
+    "layers of experts alone": NemotronHConfig(
+        **{name: size for name, size in _SIZE.items() if name != "num_hidden_layers"},
+        **_HEADS,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=8,
+        chunk_size=16,
+        head_dim=8,
+        n_routed_experts=4,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+    ),
+    "one token at a time": JambaConfig(
+        **_SIZE,
+        **_HEADS,
+        **_EXPERTS,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_dt_rank=4,
+        mamba_d_state=8,
+        use_mamba_kernels=False,
+    ),
+}
+SINGLY = ("one token at a time", "layers of experts alone")  # what they say for several at once is apart
+CHOICES = [
+    {},
+    {"cache": "static"},
+    {"cache": "quantized-8", "prefill_chunk": 16},
+    {"prefill_chunk": 7},
+    {"draft": "prompt-lookup", "depth": 3},
+    {"draft": "prompt-lookup", "depth": 3, "cache": "static"},
+    {"draft": "a model", "depth": 3, "draft_weights": "fp32"},
+]
+GROUP = LoadGroup(weights="fp32", lm_head="fp32")
+NEW = 16
+
+
+def spread_out(model: torch.nn.Module) -> None:
+    """So that texts neither settle on one token nor hardly depend on what came before."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 / parameter.shape[-1] ** 0.5)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request):
+    with torch.no_grad():
+        torch.manual_seed(0)
+        made = (
+            AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.float32).eval().requires_grad_(False)
+        )
+        spread_out(made)
+    made.generation_config.eos_token_id = None
+    made.fed_singly = not check_steps(made, "cpu", "device")
+    assert made.fed_singly == (request.param in SINGLY)
+    return made
+
+
+@pytest.fixture(scope="module")
+def stock(model):
+    asked = torch.tensor([tokens(40)])
+    said = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=NEW, do_sample=False)
+    return said[0, asked.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("words", CHOICES, ids=lambda words: " ".join(map(str, words.values())) or "dynamic")
+def test_the_text_is_that_of_stock_decoding_without_speculation(model, stock, words):
+    draft = None
+    if words.get("draft") == "a model":
+        draft = draft_of(model, 0.05)
+        draft.fed_singly = model.fed_singly
+    configuration = Configuration(weights="fp32", lm_head="fp32", **words)
+    done = Engine(model, draft, GROUP, "cpu").generate(tokens(40), configuration, NEW)
+    assert done.tokens == stock
+    if draft is not None:
+        assert 0 < done.accepted < done.proposed  # what was rejected has been rolled back
+
+
+def test_a_conversation_goes_on_from_the_last_kept_state_and_no_other(model):
+    configuration = Configuration(weights="fp32", lm_head="fp32")
+    engine = Engine(model, None, GROUP, "cpu")
+    first = tokens(40)
+    said = engine.generate(first, configuration, 8, keep=200).tokens
+    for prompt, cached in (
+        (first + said + tokens(9, 1), len(first) + len(said) - 1),  # behind all that was fed
+        (first + tokens(9, 2), 0),  # the state of a moment that was not kept
+        (first + tokens(9, 3), len(first)),
+    ):
+        done = engine.generate(prompt, configuration, 8, keep=200)
+        fresh = Engine(model, None, GROUP, "cpu").generate(prompt, configuration, 8)
+        assert done.tokens == fresh.tokens
+        assert done.cached_tokens <= cached
+
+
+def test_a_copy_of_the_states_is_gone_back_to_in_place(model):
+    cache = make_cache("dynamic", model.config, 100, "cpu")
+    engine = Engine(model, None, GROUP, "cpu")
+    runner, _ = engine._runner("target", Configuration(weights="fp32", lm_head="fp32"), 100, (1,))
+    assert len(states_of(cache)) == len(states_of(runner.cache)) > 0
+    runner.feed(torch.tensor(tokens(20)))
+    before, held = copy_states(runner.cache), stored_bytes(runner.cache)
+    places = [tensor.data_ptr() for layer in states_of(runner.cache) for tensor in layer._tensors().values()]
+    runner.feed(torch.tensor(tokens(5, 1)))
+    again = copy_states(runner.cache)
+    assert any(
+        not torch.equal(a.tensors[n], b.tensors[n]) for a, b in zip(before, again, strict=True) for n in a.tensors
+    )
+    go_back_to(runner.cache, before)
+    now = copy_states(runner.cache)
+    assert all(torch.equal(a.tensors[n], b.tensors[n]) for a, b in zip(before, now, strict=True) for n in a.tensors)
+    assert places == [tensor.data_ptr() for layer in states_of(runner.cache) for tensor in layer._tensors().values()]
+    assert held >= sum(tensor.nbytes for copied in before for tensor in copied.tensors.values())
+
+
+def test_a_state_that_saw_too_much_is_seen_by_the_net(model, monkeypatch):
+    """The net fails where the rest of this file would be wrong text: when a state is not carried over."""
+    monkeypatch.setattr("autotune.engine.cache.state.StateLayer.update_conv_state", lambda layer, new, *_, **__: new)
+    with pytest.raises(Unsupported, match=r"through its cache than in one pass|cannot go on from a cache"):
+        check_steps(model, "cpu", "device")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+        OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2),
+    ],
+    ids=["rwkv", "openai-gpt"],
+)
+def test_a_model_that_keeps_its_past_elsewhere_is_refused(config):
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(Unsupported, match="takes no cache, and keeps its state in another way"):
+        check_steps(model, "cpu", "device")
