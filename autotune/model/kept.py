@@ -59,9 +59,9 @@ def attends(tensors: Iterable[str]) -> bool:
 
 
 def kept_by_layer(
-    config: Mapping[str, Any], layers: Sequence[Mapping[str, Tensor]], attention: Attention
+    config: Mapping[str, Any], layers: Sequence[Mapping[str, Tensor]], attention: Attention, shared: int
 ) -> list[Kept]:
-    """For each layer's tensors, by their names within it."""
+    """For each layer's tensors, by their names within it. The last `shared` layers read others' keys and values."""
     if not any(layers):
         return [attention.kept] * len(layers)
     found = [_kept(config, tensors, attention) for tensors in layers]
@@ -75,10 +75,8 @@ def kept_by_layer(
             found[i] = found[next(j for j, others in enumerate(layers) if others)]
         elif str(kind).startswith("hybrid") and not found[i].keys:
             found[i] = found[i]._replace(keys=whole.keys, values=whole.values, head_dims=whole.head_dims)
-    shared = config.get("num_kv_shared_layers")
-    if type(shared) is int and 0 < shared <= len(found):
-        found[-shared:] = [kept._replace(keys=0, values=0) for kept in found[-shared:]]
-    return found
+    alone = len(found) - shared
+    return [*found[:alone], *(kept._replace(keys=0, values=0) for kept in found[alone:])]
 
 
 def _kept(config: Mapping[str, Any], tensors: Mapping[str, Tensor], attention: Attention) -> Kept:
@@ -110,7 +108,9 @@ def _keys_and_values(config: Mapping[str, Any], tensors: Mapping[str, Tensor], a
             both += _rows(name, tensor, attention) - queries * (2 if "gqkv_proj" in name else 1)
     if keys:
         values = values or keys  # the values are the keys where there is no projection for them
-        dim = attention.head_dim if keys % attention.head_dim == 0 else keys // attention.kv_heads
+        norms = (tensor.shape[0] for name, tensor in tensors.items() if name.endswith("k_norm.weight") and tensor.shape)
+        dim = next((size for size in norms if size and size < keys and keys % size == 0), attention.head_dim)
+        dim = dim if keys % dim == 0 else keys // attention.kv_heads
         return Kept(keys, values, (dim, dim * values // keys))
     if both > 0:
         return attention.kept._replace(keys=both // 2, values=both // 2)

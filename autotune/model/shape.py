@@ -29,8 +29,11 @@ _MATRIX = re.compile(r"^(?!.*(?:embed|wpe)[^.]*\.weight$).*\.weight$")
 _OTHER_TOWER = re.compile(r"(?:^|\.)(vision|visual|audio|multi_modal|vqmodel)")
 # Of a mixture: experts' matrices, which are one tensor when loaded, and its router's, which is no linear layer.
 _EXPERT = re.compile(r"\.experts\.\d+\.|\.(?:gate|router)\.weight$")
-# Predicts further tokens, or is a table that is computed: transformers does not load it.
-_NOT_LOADED = re.compile(r"(?:^|\.)mtp[^.]*\.|\.(?:attn|attention)\.(?:masked_)?bias$|\.inv_freq$")
+# Predicts further tokens, or is a table that is computed: transformers does not load it. Nor what layers that share
+# another's keys and values would have made their own with.
+_NOT_LOADED = re.compile(r"(?:^|\.)mtp[^.]*\.|\.inv_freq$")
+_MASK = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$")  # unless it is a vector
+_SHARED = re.compile(r"\.self_attn\.[kv]_(?:proj|norm)\.")
 # Types whose other towers do not lie beside a text tower of its own name, and are loaded with it.
 _WITH_TOWERS = ("fuyu", "phi4_multimodal")
 _SINKS = re.compile(r"\.(?:sinks|softmax_offset|attention_sink_bias)$")
@@ -221,16 +224,17 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
     last = max((int(layer[1]) for layer in map(_layer, tensors) if layer), default=-1)
     count = _first({"": last + 1, **config}, *_COUNT, "")
     element = _ELEMENT_BYTES.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."), 2)
+    shared = int(config.get("num_kv_shared_layers", 0))
     tied = bool(config.get("tie_word_embeddings", False))
     attention = Attention(hidden, heads, kv_heads, head_dim)
     if tensors:
-        blocks, embedding, head, within = _sort_tensors(tensors, count)
+        blocks, embedding, head, within = _sort_tensors(tensors, count, shared)
         # A head of another size than the embedding is one of its own, whatever the config says.
         same = any(math.prod(t.shape) == head for name, t in tensors.items() if _EMBEDDING.search(name))
         tied = head == 0 or (tied and same)
         head = head or vocab * hidden
         embedding = embedding or (head if tied else 0)  # a tied pair may be stored under either name
-        kept = kept_by_layer(config, within, attention)
+        kept = kept_by_layer(config, within, attention, shared)
         kv_heads = max((each.keys // each.head_dims[0] for each in kept if each.keys), default=kv_heads)
     else:
         blocks = [_formula(model_type, config, hidden, heads * head_dim, kv_heads * head_dim, element)] * count
@@ -263,7 +267,7 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
         prequantized="quantization_config" in config,
         soft_capped=config.get("attn_logit_softcapping") is not None,
         sinks=any(_SINKS.search(name) for name in tensors),
-        shared_layers=int(config.get("num_kv_shared_layers", 0)),
+        shared_layers=shared,
     )
 
 
@@ -288,11 +292,11 @@ def _is_linear(name: str, tensor: Tensor) -> bool:
 
 
 def _sort_tensors(
-    tensors: Mapping[str, Tensor], count: int
+    tensors: Mapping[str, Tensor], count: int, shared: int
 ) -> tuple[list[LayerShape], int, int, list[dict[str, Tensor]]]:
     """The blocks (`count` layers, then the rest), the elements of the embedding and those of the lm_head.
 
-    And each layer's tensors by their names within it.
+    And each layer's tensors by their names within it. The last `shared` layers read others' keys and values.
     """
     linears: list[list[Linear]] = [[] for _ in range(count + 1)]
     within: list[dict[str, Tensor]] = [{} for _ in range(count)]
@@ -300,8 +304,10 @@ def _sort_tensors(
     for name, tensor in tensors.items():
         layer, elements = _layer(name), math.prod(tensor.shape)
         block = int(layer[1]) if layer else count
-        if (layer and block >= count) or (_NOT_LOADED.search(name) and len(tensor.shape) != 1):
-            continue  # a checkpoint may hold more than transformers loads
+        if _NOT_LOADED.search(name) or (_MASK.search(name) and len(tensor.shape) != 1):
+            continue
+        if layer and (block >= count or (block >= count - shared and _SHARED.search(name))):
+            continue
         if layer:
             within[block][name[layer.end() :]] = tensor
         plain = len(tensor.shape) == 2

@@ -248,6 +248,17 @@ def test_a_state_is_kept_twice_while_tokens_are_proposed_and_does_not_grow(tmp_p
     assert sum(row.kv_bytes for row in by_layer(shape, proposed, 10, 0)) == 2 * plain
 
 
+def test_a_shared_layer_has_no_keys_in_memory_though_the_file_may_have_them(tmp_path):
+    model = _saved("gemma4_text", tmp_path)
+    shape = read_shape(tmp_path)
+    assert [layer.head_dims for layer in shape.layers[:2]] == [(16, 16), (32, 32)]
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    for part in ("k_proj", "v_proj"):
+        tensors[f"model.layers.3.self_attn.{part}.weight"] = torch.zeros(64, 64)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert read_shape(tmp_path) == shape
+
+
 def test_words_that_a_model_cannot_run_are_refused_with_their_reason(tmp_path):
     refused = {}
     for kind in ("deepseek_v3", "gemma4_text", "gpt_oss", "qwen3_5_text"):
