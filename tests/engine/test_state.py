@@ -1,5 +1,7 @@
 """Models whose layers keep a state: every cache, chunks and speculation give stock's text; what cannot is refused."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -178,3 +180,17 @@ def test_a_model_that_keeps_its_past_elsewhere_is_refused(config):
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(Unsupported, match="takes no cache, and keeps its state in another way"):
         check_steps(model, "cpu", "device")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("words", [{}, {"draft": "prompt-lookup", "depth": 3}, {"cache": "quantized-8"}], ids=str)
+def test_recorded_steps_keep_the_states_that_eager_ones_do(model, words):
+    here = copy.deepcopy(model).to("cuda:0")
+    here.fed_singly = model.fed_singly
+    said = []
+    for launch in ("eager", "graph"):
+        configuration = Configuration(weights="fp32", lm_head="fp32", launch=launch, **{"cache": "static"} | words)
+        engine = Engine(here, None, GROUP, "cuda:0")
+        said += [engine.generate(tokens(40, seed), configuration, NEW).tokens for seed in (0, 1)]
+    assert said[:2] == said[2:]
