@@ -25,7 +25,6 @@ _OTHER_KINDS = (
 _OTHER_TENSORS = re.compile(r"\.(?:indexer|compressor)\.")
 # Types whose forward pass, in transformers, does not put what it keeps where a request can bring it.
 _OUTSIDE = {
-    "cpmant": "puts tokens of its own before every request",
     "minimax": "asks for a cache of its own",
     "openai-gpt": "keeps no keys and values",
     "recurrent_gemma": "keeps its state in its layers, outside of the cache",
