@@ -145,6 +145,7 @@ def _prepare(request: Request, trials: Trials, info: dict[str, Any], watch: Watc
             words = {knob: list(request.space.choices[knob]) for knob in ("weights", "attention")}
             words["weights"] += [w for w in request.space.choices["draft_weights"] if w not in words["weights"]]
             words["weights"] += [HEAD_WEIGHTS[w] for w in request.space.choices["lm_head"] if w in HEAD_WEIGHTS]
+            words["attention"].append(Configuration.attention)  # which the baseline takes, whatever the space has
             words = {knob: list(dict.fromkeys(asked)) for knob, asked in words.items()}
             info["failed"] = worker.request("probe", 900, words=words, model=str(request.model))
             text = text_file(request.workload, request.out)

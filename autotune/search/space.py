@@ -191,6 +191,9 @@ class Space:
                 left = ["checkpoint"]  # there is no other way to load it, whatever the space hoped for
             if knob == "attention" and choices == (Configuration.attention,) and not left:
                 left = ["eager"]  # what stock takes where the model has no sdpa
+            if knob == "attention" and "sdpa" not in choices:  # the baseline would take it all the same
+                reason = (refused or {}).get(knob, {}).get("sdpa", "") or failed.get(knob, {}).get("sdpa", "")
+                dropped += [(knob, "sdpa", reason)] if reason else []
             if not left:
                 reasons = "; ".join(f"{word}: {reason}" for name, word, reason in dropped if name == knob)
                 raise SpaceError(f"no choice of [{knob}] can run here ({reasons})")

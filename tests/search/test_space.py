@@ -262,7 +262,11 @@ def test_what_failed_the_probe_is_dropped_with_what_it_said() -> None:
 
 def test_where_the_model_has_no_sdpa_the_baseline_and_what_was_not_asked_for_are_eager(tmp_path: Path) -> None:
     failed = {"attention": {"sdpa": "transformers' gemma2 has no sdpa"}}
-    for toml in ("", '[cache]\nchoices = ["dynamic"]\n[attention]\nchoices = ["split_kv", "sdpa"]\n'):
+    for toml in (
+        "",
+        '[attention]\nchoices = ["eager"]\n',
+        '[cache]\nchoices = ["dynamic"]\n[attention]\nchoices = ["split_kv", "sdpa"]\n',
+    ):
         space = space_of(tmp_path, toml).restrict(**(ON_A_CPU | {"device": "cuda", "failed": failed}))
         assert space.choices["attention"] == ("eager",)
         assert {configuration.attention for configuration in stock_configurations("bf16", space)} == {"eager"}
