@@ -1,7 +1,8 @@
 """What has to hold before a model is believed: its steps through the cache say what one pass over all tokens says.
 
-A model may keep its state where no cache of ours reaches, count positions from zero in each pass, or forget what came
-before when it is given several tokens at once. Each would be wrong text. It is seen in a few short passes.
+A model may keep its state in itself, or where no cache of ours reaches, count positions from zero in each pass, or
+forget what came before when it is given several tokens at once. Each would be wrong text. It is seen in a few short
+passes.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ def check_steps(model: PreTrainedModel, device: str, embeddings: str) -> bool:
     tokens = torch.randint(text.vocab_size, (HELD + FED,), generator=generator).to(device)
 
     def logits(*counts: int) -> torch.Tensor:
-        runner = Runner(model, "dynamic", HELD + FED, device, embeddings)
-        return torch.cat([runner.feed(part) for part in tokens.split(list(counts))])[HELD:].float()
+        runner, other = (Runner(model, "dynamic", HELD + FED, device, embeddings) for _ in range(2))
+        first, *rest = tokens.split(list(counts))
+        begun = runner.feed(first)
+        other.feed(tokens.flip(0))  # which a state that lies in the model would take for this one's
+        return torch.cat([begun, *map(runner.feed, rest)])[HELD:].float()
 
     try:
         whole, single, several = logits(HELD + FED), logits(HELD, *[1] * FED), logits(HELD, FED)

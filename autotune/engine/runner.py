@@ -50,7 +50,7 @@ class Runner:
         self.stateful = bool(states_of(self.cache))
         self._kept: list[StateCopy] = []  # the states before what may be rolled back
         self._since: list[torch.Tensor] | None = None  # what was fed since then
-        taken = signature(model.forward).parameters
+        taken = signature(type(model).forward).parameters
         self.argument = next((name for name in ("past_key_values", "cache_params") if name in taken), None)
         if self.argument is None:
             raise Unsupported(f"{model.config.model_type} takes no cache, and keeps its state in another way")

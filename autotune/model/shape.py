@@ -231,7 +231,7 @@ def _shape(model_type: str, config: dict[str, Any], tensors: Mapping[str, Tensor
         blocks, embedding, head, within = _sort_tensors(tensors, count, shared)
         # A head of another size than the embedding is one of its own, whatever the config says.
         same = any(math.prod(t.shape) == head for name, t in tensors.items() if _EMBEDDING.search(name))
-        tied = head == 0 or (tied and same)
+        tied = head == 0 or (tied and (same or not embedding))
         head = head or vocab * hidden
         embedding = embedding or (head if tied else 0)  # a tied pair may be stored under either name
         kept = kept_by_layer(config, within, attention, shared)

@@ -874,7 +874,7 @@ def test_an_engine_is_loaded_with_its_draft_and_says_where_it_is(tmp_path):
     engine = Engine.load(
         str(tmp_path / "target"), LoadGroup("fp32", "fp32", draft=draft, draft_weights="fp32"), "cpu", phases.append
     )
-    assert phases == ["loading the target", "loading the draft"]
+    assert phases == ["loading the target", "loading the draft", "checking steps through the cache"]
     result = engine.generate(prompt_of("llama"), Configuration("fp32", "fp32", draft=draft, depth=4), NEW_TOKENS)
     assert result.tokens == stock_text("llama")
     assert result.accepted > 0
