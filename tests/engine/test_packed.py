@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from autotune.cli import main
 from autotune.config import Configuration, LoadGroup
+from autotune.demo import TARGET
 from autotune.engine import support
 from autotune.engine.decode import Engine
 from autotune.engine.linear import Slice
@@ -208,7 +209,7 @@ def test_a_quantized_reference_that_the_device_cannot_hold_is_out_of_memory(monk
     worker = Worker(io.StringIO())
     worker.device = "cpu"
     with pytest.raises(torch.OutOfMemoryError):
-        worker.load_reference("nowhere", "checkpoint")
+        worker.load_reference(str(TARGET), "checkpoint")
 
 
 # ---- the engine's own 4-bit layer

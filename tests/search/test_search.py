@@ -21,14 +21,6 @@ from tests.searches import BUDGET, CONTEXTS, DRAFT, MIXED, Fake, rate, search_in
 from ..searches import BASELINES, SMALL
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that moves only when it is told to."""
-    now = SimpleNamespace(s=0.0)
-    monkeypatch.setattr("autotune.search.search.time", SimpleNamespace(monotonic=lambda: now.s))
-    return now
-
-
 @pytest.mark.usefixtures("in_memory")
 def test_everything_is_measured_once_and_then_the_search_ends(tmp_path: Path) -> None:
     measure = Fake()
