@@ -22,7 +22,7 @@ WRONG = 0.02, 0.2
 APART = 1e-4, 0.03
 
 
-@torch.inference_mode()
+@torch.no_grad()  # which quanto-int4 on a CPU needs, and a few short passes can do with
 def check_steps(model: PreTrainedModel, device: str, embeddings: str) -> bool:
     """Whether several tokens may be fed to a cache that holds some; if not, one by one. Raises Unsupported."""
     text = model.config.get_text_config(decoder=True)

@@ -247,6 +247,33 @@ def test_quanto_int4_is_quantized_within_its_error(saved, monkeypatch):
         assert 1e-4 < relative(logits(model), logits(reference)) < 0.2
 
 
+@pytest.mark.usefixtures("uncompiled_quanto")
+def test_quanto_int4_goes_through_the_net_and_generates(saved):
+    configuration = Configuration(weights="quanto-int4", lm_head="fp32", attention="eager")
+    engine = Engine.load(str(saved["llama"]), configuration.load_group, "cpu")
+    assert len(engine.generate([1, 2, 3], configuration, 4).tokens) == 4
+
+
+@pytest.mark.parametrize("word", ["bnb-nf4", "bnb-fp4"])
+def test_a_layer_in_4_bits_is_given_rows_that_lie_side_by_side(monkeypatch, word):
+    """Zamba's are columns; bitsandbytes' kernel for AVX-512 in bfloat16 reads past them."""
+    import bitsandbytes
+
+    strides, multiply = [], bitsandbytes.matmul_4bit
+
+    def watched(x, *args, **kwargs):
+        strides.append(x.stride())
+        return multiply(x, *args, **kwargs)
+
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", watched)
+    torch.manual_seed(0)
+    layer = quantize_linear(nn.Linear(128, 64, bias=False).requires_grad_(False), word, "cpu").eval()
+    x = torch.randn(1, 128, 5).transpose(1, 2)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x.contiguous()))
+    assert strides == [(640, 128, 1)] * 2
+
+
 # ---- what cannot be loaded says so
 
 

@@ -74,6 +74,8 @@ def _bitsandbytes_linear(linear: nn.Linear, word: str, device: str) -> nn.Module
         ).to(device)
         if linear.out_features % 32:  # its packing for AVX-512 asserts that there is no remainder
             layer.support_avx512bf16_for_cpu = False
+        if device == "cpu":  # its kernel for AVX-512 reads a row's values as if they lay side by side
+            layer.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     layer.bias = bias
     return layer  # type: ignore[no-any-return]
 
