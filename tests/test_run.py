@@ -27,6 +27,7 @@ from autotune import run
 from autotune.cli import main
 from autotune.config import Budget, Configuration, Record, Workload
 from autotune.demo import TARGET
+from autotune.engine.support import full_precision
 from autotune.model.shape import read_shape
 from autotune.policy.policy import Policy, schema
 from autotune.request import Request
@@ -231,7 +232,7 @@ def test_a_run_writes_every_file_of_the_contract(finished: tuple[Path, str]) -> 
 
 def test_the_run_ends_with_a_table_of_the_choice_per_context(finished: tuple[Path, str]) -> None:
     said = finished[1]
-    assert "load: bf16 weights" in said
+    assert f"load: {full_precision('cpu')} weights" in said
     for heading in ("up to", "settings", "tokens/s", "baseline", "quality loss"):
         assert heading in said
     assert "up to 64: " in said

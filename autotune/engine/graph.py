@@ -196,10 +196,12 @@ class StepRunner(Runner):
         count, held = len(tokens), self.tokens
         if held + count > self.capacity:
             raise ValueError(f"{held + count} tokens do not fit a cache of {self.capacity}")
+        if held and count > self.alike:
+            return self._feed_singly(tokens, keep)
         if self._outgrown(tokens):
             return self._prefill_anew()
         size = min((size for size in self.sizes if size >= count), default=count)
-        if self.stateful or size - count > self._same():
+        if self.stateful or size - count > min(self._same(), self.seen - held - count):
             size = count  # what pads a step would count as text, and a state would see it
         if size > LONGEST or count > room(self.cache) or (self.singly and count > 1):
             return self._forward(tokens, keep)

@@ -22,6 +22,7 @@ from .cache import (
     resume,
     rollback,
     room,
+    seen_by_all,
     settle,
     states_of,
 )
@@ -56,6 +57,7 @@ class Runner:
             raise Unsupported(f"{model.config.model_type} takes no cache, and keeps its state in another way")
         self.positions = self.stateful and "position_ids" in taken  # some count from zero in each pass
         self.singly = getattr(model, "fed_singly", False)  # with a past, as `net` has found
+        self.seen = seen_by_all(model.config)
         self.embed = HostEmbedding(model.get_input_embeddings()) if embeddings == "host" and device != "cpu" else None
 
     @property
@@ -64,6 +66,8 @@ class Runner:
 
     def feed(self, tokens: torch.Tensor, keep: int = 0) -> torch.Tensor:
         """The logits after each of `tokens` ([n], on the device), or after the last `keep` of them."""
+        if self.tokens and len(tokens) > self.alike:
+            return self._feed_singly(tokens, keep)
         if self._outgrown(tokens):
             return self._prefill_anew()
         return self._forward(tokens, keep)
@@ -71,7 +75,10 @@ class Runner:
     @property
     def alike(self) -> int:
         """How many tokens one pass takes as they would be taken one by one."""
-        return max(1, self._same())
+        return max(1, min(self._same(), self.seen - self.tokens))
+
+    def _feed_singly(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
+        return torch.cat([self.feed(token).clone() for token in tokens.split(1)])[-keep:]
 
     def _same(self) -> int:
         """How many tokens may follow before the rope's factors change."""
@@ -155,7 +162,7 @@ class Runner:
         At least the last token is left to be fed: its logits are not kept.
         """
         held, self.held = self.held, []
-        if self.rope is not None and not self._as_fresh(len(prompt)):
+        if len(prompt) > self.seen or (self.rope is not None and not self._as_fresh(len(prompt))):
             return 0
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, prompt[:-1], strict=False)))
         self.tokens = resume(self.cache, common, len(held), chunk, self.mark)

@@ -5,6 +5,7 @@ The names and sizes of a layer's tensors say which, whatever words a config.json
 - keys and values, for every token: as wide as what `k_proj` and `v_proj` (or one fused projection) make of a token;
 - a latent, where attention is latent (DeepSeek-AI, arXiv 2405.04434): transformers caches the normalized latent as the
   keys of one head, and the rotated part that all heads share as its values;
+- an index key, where few tokens are chosen to be attended to (DeepSeek-AI, arXiv 2512.02556): as wide as its norm;
 - the last inputs of a short convolution, in the model's type, and a recurrent state, in float32: their sizes do not
   depend on the context. `A_log` is a tensor of every recurrent layer: a vector of heads for Mamba-2 (Dao and Gu, arXiv
   2405.21060) and for gated delta nets (Yang et al., arXiv 2412.06464), a matrix for Mamba (arXiv 2312.00752).
@@ -25,18 +26,20 @@ _BOTH = re.compile(r"(?:^|\.)kv_proj\.")
 _LATENT = re.compile(r"(?:^|\.)kv_a_proj_with_mqa\.")
 _FUSED = re.compile(r"(?:^|\.)(?:query_key_value|qkv_proj|gqkv_proj|c_attn|Wqkv)\.")
 _ELSEWHERE = re.compile(r"(?:^|\.)(?:cross_attn|cross_attention|crossattention|encoder_attn|indexer)\.")
+_INDEX = re.compile(r"(?:^|\.)indexer\.k_(?:layer)?norm\.weight$")
 _CONVOLUTION = re.compile(r"conv[^.]*\.weight$")
 _OUT = re.compile(r"(?:^|\.)(?:out_proj|o_proj|dense)\.(?:packed\.)?weight$")
 
 
 class Kept(NamedTuple):
-    """One layer's share. Counts are elements: of keys and values per token, of a state in all."""
+    """One layer's share. Counts are elements: of keys, values and index keys per token, of a state in all."""
 
     keys: int = 0
     values: int = 0
     head_dims: tuple[int, int] = (0, 0)  # of a key and of a value
     conv: int = 0  # held in the model's type
     recurrent: int = 0  # held in float32
+    index_keys: int = 0  # held in the model's type, whatever the cache
 
 
 class Attention(NamedTuple):
@@ -89,7 +92,8 @@ def _kept(config: Mapping[str, Any], tensors: Mapping[str, Tensor], attention: A
         if len(tensor.shape) == 3 and tensor.shape[1] == 1 and _CONVOLUTION.search(name)
     )
     recurrent = sum(_recurrent(config, state, inside) for state in states)
-    return _keys_and_values(config, outside, attention)._replace(conv=conv, recurrent=recurrent)
+    index = sum(tensor.shape[0] for name, tensor in tensors.items() if _INDEX.search(name))
+    return _keys_and_values(config, outside, attention)._replace(conv=conv, recurrent=recurrent, index_keys=index)
 
 
 def _keys_and_values(config: Mapping[str, Any], tensors: Mapping[str, Tensor], attention: Attention) -> Kept:

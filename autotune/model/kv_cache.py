@@ -36,15 +36,15 @@ def _kv_bytes(shape: ModelShape, layer: LayerShape, c: Configuration, tokens: in
     element = element_bytes(shape, weights)
     if c.cache in ("dynamic", "sliding", "offloaded"):
         kept = min(tokens, layer.window or tokens) if c.cache == "sliding" else tokens
-        return layer.kv_elements * kept * element
+        return (layer.kv_elements * kept + layer.index_elements * tokens) * element
     slots, spare = tokens + 1, 0
     if c.launch != "eager" or c.attention == "split_kv":  # recorded steps share a cache of a round size
         size = 256 if slots <= 4096 else 512
         slots, spare = -(-slots // size) * size, CACHE_SPARE
     if c.cache == "static":
-        return layer.kv_elements * (slots + spare) * element
+        return (layer.kv_elements + layer.index_elements) * (slots + spare) * element
     slots = -(-slots // CACHE_GROUP) * CACHE_GROUP
-    recent = layer.kv_elements * (CACHE_WINDOW + spare) * element
+    recent = (layer.kv_elements + layer.index_elements) * (CACHE_WINDOW + spare) * element
     return round(slots * _token_bytes(shape, layer, c.cache, element) + recent)
 
 
@@ -55,7 +55,7 @@ def token_bytes(shape: ModelShape, cache: str, weights: str) -> float:
 
 def stored_share(shape: ModelShape, cache: str, weights: str) -> float:
     """Bytes per cached token, as a share of those in full precision."""
-    full = sum(layer.kv_elements for layer in shape.layers) * element_bytes(shape, weights)
+    full = token_bytes(shape, "dynamic", weights)
     return token_bytes(shape, cache, weights) / full if full else 0.0
 
 
@@ -66,7 +66,9 @@ def _token_bytes(shape: ModelShape, layer: LayerShape, cache: str, element: int)
     match cache:
         case "quantized-8" | "quantized-4" | "quantized-2":
             ranges = keys / CACHE_GROUP + values / math.gcd(CACHE_GROUP, value)
-            return layer.kv_elements * int(cache[-1]) / 8 + ranges * 2 * CACHE_SCALE
+            stored = layer.kv_elements * int(cache[-1]) / 8 + ranges * 2 * CACHE_SCALE
         case "quantized-fp8":
-            return layer.kv_elements + CACHE_SCALE * (keys / key + values / value)
-    return layer.kv_elements * element
+            stored = layer.kv_elements + CACHE_SCALE * (keys / key + values / value)
+        case _:
+            stored = layer.kv_elements * element
+    return stored + layer.index_elements * element

@@ -16,13 +16,12 @@ from .shape import ModelShape
 
 # Words of a config for layers that keep more than keys, values and states.
 _OTHER_KINDS = (
-    "indexed_attention",
     "minimax_m3_sparse",
     "compressed_sparse_attention",
     "heavily_compressed_attention",
     "reference_sliding_attention",
 )
-_OTHER_TENSORS = re.compile(r"\.(?:indexer|compressor)\.")
+_OTHER_TENSORS = re.compile(r"\.compressor\.")
 # Types whose forward pass, in transformers, does not put what it keeps where a request can bring it.
 _OUTSIDE = {
     "minimax": "asks for a cache of its own",
@@ -79,11 +78,9 @@ def _head_dims(shape: ModelShape) -> set[tuple[int, int]]:
 
 
 def _cache_refusal(shape: ModelShape, bits: int) -> str:
-    for key, value in sorted(_head_dims(shape)):
-        if key != value:
-            return f"it needs keys and values of one size, not {key} and {value}"
-        if key * bits % 8:
-            return f"it needs keys and values that fill whole bytes, not of {key}"
+    for dim in sorted({dim for dims in _head_dims(shape) for dim in dims}):
+        if dim * bits % 8:
+            return f"it needs keys and values that fill whole bytes, not of {dim}"
     return ""
 
 

@@ -76,6 +76,7 @@ class LayerShape:
     other: int = 0  # elements of norms, biases and whatever is never quantized
     other_stored: int = 0
     kv_elements: int = 0  # keys and values per token
+    index_elements: int = 0  # of its index key per token, held in the model's type whatever the cache
     window: int | None = None  # tokens that a sliding layer attends to
     head_dims: tuple[int, int] = (0, 0)  # of a key and of a value; the model's where it is 0
     conv_elements: int = 0  # the last inputs of its convolutions, held in the model's type whatever the context
@@ -275,6 +276,7 @@ def _with(block: LayerShape, kept: Kept, window: int | None) -> LayerShape:
     return dataclasses.replace(
         block,
         kv_elements=kept.keys + kept.values,
+        index_elements=kept.index_keys,
         window=window,
         head_dims=kept.head_dims,
         conv_elements=kept.conv,

@@ -18,18 +18,20 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
 
 from ..support import Unsupported
-from .layers import Lengths, StaticLayer
+from .layers import Lengths, StaticLayer, indexed
 from .quantized import Float8Layer, QuantizedLayer
 from .state import StateCopy, StateLayer, hybrid
 
-# transformers' words for layers: what keeps keys and values only, what keeps a state, both, and neither
+# transformers' words for layers: what keeps keys and values only, or with an index; a state, both, and neither
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_INDEXED = {"indexed_attention"}
 _STATE = {"linear_attention", "conv"}
 _HYBRID = {"hybrid", "hybrid_sliding"}
 _NOTHING = {"dummy"}
@@ -74,6 +76,18 @@ def make_cache(word: str, config: Any, capacity: int, device: str, spare: int = 
     return cache
 
 
+def seen_by_all(config: Any) -> int:
+    """The most tokens among which layers with an index choose none: of so many, each attends to all before it.
+
+    Among more, scores that are equal, or differ by rounding, are chosen from as the pass has it: several tokens at once
+    otherwise than one by one, after a prefix otherwise than with it.
+    """
+    text = config.get_text_config(decoder=True)
+    if not _INDEXED & set(getattr(text, "layer_types", None) or ()):
+        return 2**31
+    return int(getattr(text, "index_topk", None) or getattr(text, "indexer_budget", None) or 0)
+
+
 def _fixed(word: str, capacity: int, spare: int) -> tuple[Any, ...]:
     """The class of an attention layer of fixed memory, and what it is made with."""
     match word:
@@ -87,11 +101,11 @@ def _fixed(word: str, capacity: int, spare: int) -> tuple[Any, ...]:
 
 
 def _layers(word: str, text: Any, capacity: int, spare: int) -> list[Any]:
-    """A layer for each of a model's that has some which keep a state, or nothing."""
+    """A layer for each of a model's that has some which keep a state, an index, or nothing."""
     kinds, given = get_layer_types_and_kwargs(text)
     if word == "sliding" and "hybrid_sliding" in kinds:
         raise Unsupported(f"{text.model_type} has layers with a window and a state: cache = sliding does not apply")
-    unknown = set(kinds) - _ATTENTION - _STATE - _HYBRID - _NOTHING
+    unknown = set(kinds) - _ATTENTION - _INDEXED - _STATE - _HYBRID - _NOTHING
     if unknown:
         raise Unsupported(f"{text.model_type} has {min(unknown)} layers, whose cache is not known")
     layers: list[Any] = []
@@ -106,6 +120,8 @@ def _layers(word: str, text: Any, capacity: int, spare: int) -> list[Any]:
             layers.append(DummyLayer())
         elif kind in _STATE:
             layers.append(StateLayer(states))
+        elif kind in _INDEXED:
+            layers.append(DynamicIndexedLayer() if made[0] is DynamicLayer else indexed(made[0])(*made[1:]))
         elif kind in _HYBRID:
             layers.append(hybrid(made[0])(states, *made[1:]))
         else:

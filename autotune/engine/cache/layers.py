@@ -8,6 +8,7 @@ Shapes: keys and values are [1, kv_heads, tokens, head_dim]; one request at a ti
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,3 +127,53 @@ class StaticLayer(Preallocated):
 
     def slots(self) -> int:
         return self.capacity + self.spare
+
+
+@functools.cache
+def indexed(kind: type[Preallocated]) -> type[Preallocated]:
+    """Layers of this kind whose tokens have an index key beside theirs, by which few are chosen to be attended to.
+
+    (DeepSeek sparse attention, DeepSeek-AI, arXiv 2512.02556.) Index keys are [1, tokens, dim], in full precision, each
+    at its token's place among the keys that a recorded step is given.
+    """
+
+    class Indexed(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, *sizes: Any) -> None:
+            super().__init__(*sizes)
+            self.indexer_keys: torch.Tensor | None = None
+            self.indexer_position_ids: torch.Tensor | None = None  # [.., 1, tokens], where a model appends them
+            self.indexed = 0
+
+        def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+            new = indexer_key_states.shape[1]
+            if self.indexer_keys is None:
+                self.indexer_keys = indexer_key_states.new_zeros((1, self.slots(), indexer_key_states.shape[2]))
+            if self.lengths is not None:
+                slots = self.lengths.tokens + torch.arange(new, device=self.lengths.tokens.device)
+                return self.indexer_keys.index_copy_(1, slots, indexer_key_states)
+            begin, self.indexed = self.indexed, self.indexed + new
+            self.indexer_keys[:, begin : self.indexed] = indexer_key_states
+            return self.indexer_keys[:, : self.indexed]
+
+        def _hold(self, tokens: int) -> None:
+            self.indexed = tokens if self.indexer_keys is not None else 0
+            if self.indexer_position_ids is not None:
+                self.indexer_position_ids = self.indexer_position_ids[..., :tokens] if tokens else None
+
+        def crop(self, tokens_to_remove: int) -> None:
+            super().crop(tokens_to_remove)
+            self._hold(self.tokens())
+
+        def go_back(self, tokens: int, *window: torch.Tensor) -> None:
+            super().go_back(tokens, *window)
+            self._hold(tokens)
+
+        def advance(self, tokens: int) -> None:
+            super().advance(tokens)
+            self._hold(self.tokens())
+
+        def restart(self) -> None:
+            super().restart()
+            self._hold(0)
+
+    return Indexed

@@ -24,7 +24,8 @@ class QuantizedLayer(Preallocated):
 
     A token's `head_dim` values are packed into head_dim * bits / 8 bytes: with 4 bits, byte j holds channel j in its
     low half and channel j + head_dim / 2 in its high half (2 bits: four quarters). Scales and minimums lie beside each
-    other: 4-bit ones in bfloat16 where the model's keys are, all others in float16.
+    other: 4-bit ones in bfloat16 where the model's keys are, all others in float16. Keys and values may differ in size:
+    of latent attention the keys are the latent, the values what is rotated.
     """
 
     def __init__(self, capacity: int, bits: int, spare: int = 0):
@@ -37,22 +38,23 @@ class QuantizedLayer(Preallocated):
         self.older = 0  # stored tokens before those that `update` then returned
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        heads, dim = key_states.shape[1], key_states.shape[-1]
-        if value_states.shape[-1] != dim or dim * self.bits % 8 or dim % (8 // self.bits):
-            raise Unsupported(f"a {self.bits}-bit cache needs keys and values of one even size, not {dim}")
-        self.value_group = next(size for size in (64, 32, 16, 8, 4, 2, 1) if dim % size == 0)
-        device, half = key_states.device, torch.float16
+        heads, key_dim, value_dim = key_states.shape[1], key_states.shape[-1], value_states.shape[-1]
+        for dim in (key_dim, value_dim):
+            if dim * self.bits % 8:
+                raise Unsupported(f"a {self.bits}-bit cache needs keys and values that fill whole bytes, not of {dim}")
+        self.value_group = next(size for size in (64, 32, 16, 8, 4, 2, 1) if value_dim % size == 0)
+        half = torch.float16
         if self.bits == 4 and key_states.dtype == torch.bfloat16:
             half = torch.bfloat16  # the kernel multiplies with scales as they are
-        packed = (1, heads, self.capacity, dim * self.bits // 8)
-        self.key_codes = torch.zeros(packed, dtype=torch.uint8, device=device)
-        self.value_codes = torch.zeros_like(self.key_codes)
-        per_channel = (1, heads, self.capacity // GROUP, dim, 2)
-        per_token = (1, heads, dim // self.value_group, self.capacity, 2)
-        self.key_ranges = torch.zeros(per_channel, dtype=half, device=device)
-        self.value_ranges = torch.zeros(per_token, dtype=half, device=device)
-        self.keys = key_states.new_zeros((1, heads, WINDOW + GROUP + self.spare, dim))
-        self.values = torch.zeros_like(self.keys)
+        packed, window = (1, heads, self.capacity), (1, heads, WINDOW + GROUP + self.spare)
+        self.key_codes = key_states.new_zeros((*packed, key_dim * self.bits // 8), dtype=torch.uint8)
+        self.value_codes = key_states.new_zeros((*packed, value_dim * self.bits // 8), dtype=torch.uint8)
+        per_channel = (1, heads, self.capacity // GROUP, key_dim, 2)
+        per_token = (1, heads, value_dim // self.value_group, self.capacity, 2)
+        self.key_ranges = key_states.new_zeros(per_channel, dtype=half)
+        self.value_ranges = key_states.new_zeros(per_token, dtype=half)
+        self.keys = key_states.new_zeros((*window, key_dim))
+        self.values = value_states.new_zeros((*window, value_dim))
         self.is_initialized = True
 
     def room(self) -> int:
@@ -125,8 +127,10 @@ class QuantizedLayer(Preallocated):
     def _stores_by_kernel(self) -> bool:
         """Whether one kernel quantizes: 4 bits on a GPU, where a token's values have a range for each half, or one."""
         assert self.keys is not None
+        assert self.values is not None
         dim = self.keys.shape[-1]
-        return self.keys.is_cuda and self.bits == 4 and dim & (dim - 1) == 0 and 2 * self.value_group >= dim >= 32
+        alike = self.keys.is_cuda and self.bits == 4 and self.values.shape[-1] == dim
+        return alike and dim & (dim - 1) == 0 and 2 * self.value_group >= dim >= 32
 
     def _store_by_kernel(self, keys: torch.Tensor, values: torch.Tensor, behind: int = 0) -> None:
         from ..kernels import store
