@@ -20,6 +20,8 @@ How it is planted:
   half onto the first: with a random frame U in both `gate_proj` and `up_proj` and U^T in `down_proj` it computes
   U^T f(U x) with f(z) = silu(z) z, which points along x (Stein's lemma) where U has several times more rows than x has
   entries. It is added `COPY_GAIN` times larger than what was there, and the final norm's weight hides the second half.
+- Hybrids of Qwen3.5's kind have gated delta nets in three of four layers. What these put out is normalized before it is
+  gated, so that `out_proj` is scaled as `down_proj` is; their decays are those that transformers begins with.
 
 Nothing is sparse and every matrix is normally distributed, so quantizers meet the values that they are made for. A
 successor's logit leads by 10 (tiny) to 40 (8b) standard deviations of the others, so that they change no greedy choice.
@@ -45,7 +47,7 @@ import click
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 # Chosen, and tests/benchmarks/test_rig.py checks what they are for: greedy text follows what is planted, in 4 bits too.
 PERTURBATION = 0.25  # variance that all attention adds, and all MLPs, where the embedding's is 1
@@ -65,6 +67,7 @@ def _normal_mean(function: Callable[[torch.Tensor], torch.Tensor]) -> float:
 SILU_POWER = _normal_mean(lambda z: (z * z.sigmoid()) ** 2)
 COPY_KEEPS = _normal_mean(lambda z: z**3 * z.sigmoid())
 COPY_POWER = _normal_mean(lambda z: (z * z * z.sigmoid()) ** 2)
+GATE_POWER = _normal_mean(lambda z: z.sigmoid() ** 2)  # what a gate leaves of an attention's output
 
 SHARD_BYTES = 4_000_000_000  # of one file at most: chosen, since host memory holds one at a time
 MAX_POSITIONS = 131_072  # tokens, of Llama 3.1 and 3.2
@@ -78,29 +81,43 @@ def _shape(vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int
     return sizes | attention | {"tie_word_embeddings": tied}
 
 
+def _hybrid(shape: Shape, key_heads: int, value_heads: int, dim: int) -> Shape:
+    """Three gated delta nets before each attention, as Qwen3.5 has them."""
+    nets = {"linear_num_key_heads": key_heads, "linear_num_value_heads": value_heads}
+    nets |= {"linear_key_head_dim": dim, "linear_value_head_dim": dim}
+    return shape | nets | {"model_type": "qwen3_5_text"}
+
+
 TARGETS = {
     "8b": _shape(128_256, 4096, 14336, 32, 32, 8, 128, tied=False),  # Llama-3-8B
     "3b": _shape(128_256, 3072, 8192, 28, 24, 8, 128, tied=True),  # Llama-3.2-3B
     "1b": _shape(128_256, 2048, 8192, 16, 32, 8, 64, tied=True),  # Llama-3.2-1B
     "tiny": _shape(4096, 256, 2048, 4, 4, 2, 64, tied=False),
+    "9b-hybrid": _hybrid(_shape(248_320, 4096, 12288, 32, 16, 4, 256, tied=False), 16, 32, 128),  # Qwen3.5-9B
+    "tiny-hybrid": _hybrid(_shape(4096, 256, 2048, 4, 4, 2, 64, tied=False), 2, 4, 64),
 }
 DRAFTS = {
     "1b": TARGETS["1b"],
     "tiny": _shape(4096, 256, 2048, 2, 4, 2, 64, tied=True),
+    "0.8b-hybrid": _hybrid(_shape(248_320, 1024, 3584, 24, 8, 2, 256, tied=True), 16, 16, 128),  # Qwen3.5-0.8B
+    "tiny-hybrid": _hybrid(_shape(4096, 256, 2048, 4, 4, 2, 64, tied=True), 2, 4, 64),
 }
 
 
-def config(shape: Shape, max_positions: int = MAX_POSITIONS) -> LlamaConfig:
+def config(shape: Shape, max_positions: int = MAX_POSITIONS) -> PretrainedConfig:
     bos, eos = _special_ids(shape["vocab_size"])
-    return LlamaConfig(
-        **shape,
+    rope = {"rope_type": "default", "rope_theta": 500_000.0}
+    if "model_type" in shape:
+        rope["partial_rotary_factor"] = 0.25
+    return AutoConfig.for_model(
+        **{"model_type": "llama", **shape},
         max_position_embeddings=max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        rope_parameters=rope,
         rms_norm_eps=1e-5,
         bos_token_id=bos,
         eos_token_id=eos,
         dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
+        architectures=["Qwen3_5ForCausalLM" if "model_type" in shape else "LlamaForCausalLM"],
     )
 
 
@@ -159,7 +176,9 @@ def build(
     return result | {"text": str(text), "seconds": round(time.perf_counter() - start, 2)}
 
 
-def _write(folder: Path, config: LlamaConfig, table: torch.Tensor, device: str, seed: int, role: str) -> dict[str, Any]:
+def _write(
+    folder: Path, config: PretrainedConfig, table: torch.Tensor, device: str, seed: int, role: str
+) -> dict[str, Any]:
     """Shard by shard: no more than one shard is held in memory, and on the device no more than two embeddings."""
 
     def draw(key: str, *shape: int) -> torch.Tensor:
@@ -186,10 +205,10 @@ def _write(folder: Path, config: LlamaConfig, table: torch.Tensor, device: str, 
     return {"path": str(folder), "parameters": parameters, "bytes": 2 * parameters}
 
 
-def parameter_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
+def parameter_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor that a checkpoint of this model stores."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
@@ -205,8 +224,10 @@ def _shards(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
     yield names
 
 
-def _weight(name: str, shape: torch.Size, config: LlamaConfig, table: torch.Tensor, draw: Draw) -> torch.Tensor:
-    kind = name.split(".")[-2]
+def _weight(name: str, shape: torch.Size, config: PretrainedConfig, table: torch.Tensor, draw: Draw) -> torch.Tensor:
+    kind, last = name.split(".")[-2:]
+    hybrid = config.model_type != "llama"
+    one = int(hybrid and ".linear_attn." not in name)  # a hybrid's norms add it to their weight
     tied, layers, half = config.tie_word_embeddings, config.num_hidden_layers, config.hidden_size // 2
     if kind == "embed_tokens":
         return _embeddings(config, table, draw)
@@ -217,9 +238,13 @@ def _weight(name: str, shape: torch.Size, config: LlamaConfig, table: torch.Tens
     if kind == "norm" and tied:
         weight = torch.zeros(shape, dtype=torch.bfloat16, device=table.device)
         weight[:half] = _peak(config) * SPREAD * _copied_rms(config) / (COPY_GAIN * half)
-        return weight
-    if kind.endswith("norm"):
-        return torch.ones(shape, dtype=torch.bfloat16)
+        return weight - one
+    if last == "A_log":
+        return torch.linspace(0.01, 16, shape[0]).log().bfloat16()
+    if kind in ("q_norm", "k_norm"):
+        return torch.full(shape, math.sqrt(SHARPNESS) - one, dtype=torch.bfloat16)
+    if kind.endswith("norm") or last == "dt_bias":
+        return torch.full(shape, 1.0 - one, dtype=torch.bfloat16)
     if tied and name.startswith(f"model.layers.{layers - 1}.mlp."):
         frame = draw("frame", config.intermediate_size, config.hidden_size)
         frame[:, :half] *= 0.1  # not read, but not zero either: a quantizer would divide by it
@@ -227,15 +252,16 @@ def _weight(name: str, shape: torch.Size, config: LlamaConfig, table: torch.Tens
             return frame.mul_(half**-0.5)
         return frame.roll(half, 1).T.contiguous().mul_(COPY_GAIN * half**0.5 / (shape[1] * COPY_KEEPS))
     gain = {
-        "q_proj": SHARPNESS,
-        "k_proj": SHARPNESS,
-        "o_proj": PERTURBATION / layers,
+        "q_proj": 1.0 if hybrid else SHARPNESS,  # whose norms do it instead
+        "k_proj": 1.0 if hybrid else SHARPNESS,
+        "o_proj": PERTURBATION / layers / (GATE_POWER if hybrid else 1.0),
         "down_proj": PERTURBATION / layers / SILU_POWER,
+        "out_proj": PERTURBATION / layers / SILU_POWER,
     }.get(kind, 1.0)
-    return draw(name, *shape).mul_(math.sqrt(gain / shape[1]))
+    return draw(name, *shape).mul_(math.sqrt(gain / shape[-1]))
 
 
-def _embeddings(config: LlamaConfig, table: torch.Tensor, draw: Draw) -> torch.Tensor:
+def _embeddings(config: PretrainedConfig, table: torch.Tensor, draw: Draw) -> torch.Tensor:
     embeddings = draw("embeddings", config.vocab_size, config.hidden_size)
     if config.tie_word_embeddings:
         half = config.hidden_size // 2
@@ -245,14 +271,14 @@ def _embeddings(config: LlamaConfig, table: torch.Tensor, draw: Draw) -> torch.T
     return embeddings
 
 
-def _copied_rms(config: LlamaConfig) -> float:
+def _copied_rms(config: PretrainedConfig) -> float:
     """Root mean square of the residual stream behind the planted MLP, where the embedding's is 1."""
     half = config.hidden_size / 2
     copied = COPY_GAIN**2 * (1 + half / config.intermediate_size * COPY_POWER / COPY_KEEPS**2)
     return math.sqrt(SPREAD**2 + copied / 2)
 
 
-def _peak(config: LlamaConfig) -> float:
+def _peak(config: PretrainedConfig) -> float:
     """The logit at which the successor has the probability CONFIDENCE among logits around 0."""
     return math.log(config.vocab_size * CONFIDENCE / (1 - CONFIDENCE))
 

@@ -37,6 +37,10 @@ LONG_PROGRAMS = 128  # of a launch then, for every ROWS query rows: one a multip
 ROWS, WARPS, STAGES = 16, 4, 3  # query rows, warps and pipeline stages of such a program; 32, 2 and 8, 2 and 4 lost
 OVERLAP = True  # the combining kernel is launched before the reading one has ended: 360 tokens/s at 16k, 357 without
 
+WIDE, WIDE_ROWS = (
+    128,
+    64,
+)  # channels beyond which a launch takes so few query rows: 128 do not fit a Hopper's shared memory
 LOG2_E = 1.4426950408889634  # the kernels take powers of 2 where softmax takes those of e
 FULL, FLOAT8 = 0, 16  # the kernels' words for a layer's storage; the others are bits per stored value
 
@@ -184,8 +188,14 @@ def decode_attention(
         kind = layer.bits
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = layer.lengths
-    lengths_and_words = (lengths.tokens, lengths.stored, scale, window or 0, kind)
-    return _split_kv(query, layer.keys, layer.values, *stored, *lengths_and_words)  # type: ignore[no-any-return]
+    group = query.shape[1] // layer.keys.shape[1]
+    each = query.shape[2] if query.shape[3] <= WIDE else max(1, WIDE_ROWS // group)
+    parts, held = [], lengths.tokens
+    for queries in query.split(each, dim=2):
+        lengths_and_words = (held, lengths.stored, scale, window or 0, kind)
+        parts.append(_split_kv(queries, layer.keys, layer.values, *stored, *lengths_and_words))
+        held = held + each
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @torch.library.custom_op("autotune::split_kv", mutates_args=())

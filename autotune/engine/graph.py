@@ -180,6 +180,7 @@ class StepRunner(Runner):
         if not cached:
             restart(self.cache)
             self.tokens, self.held, self.mark = 0, [], None
+            self._let_go()
         self.sizes = sizes
         self._bind(self.cache)
 
@@ -191,13 +192,11 @@ class StepRunner(Runner):
         self.steps.clear()
         self._bind(None)
 
-    def feed(self, tokens: torch.Tensor, keep: int = 0) -> torch.Tensor:
+    def _feed(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
         """As Runner's; the logits lie in a buffer that the next step of the same size overwrites."""
         count, held = len(tokens), self.tokens
         if held + count > self.capacity:
             raise ValueError(f"{held + count} tokens do not fit a cache of {self.capacity}")
-        if held and count > self.alike:
-            return self._feed_singly(tokens, keep)
         if self._outgrown(tokens):
             return self._prefill_anew()
         size = min((size for size in self.sizes if size >= count), default=count)

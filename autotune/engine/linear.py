@@ -22,7 +22,12 @@ from ..model.weights import WIDTH_4, int4_group
 from .int4 import counters, multiply, pack, plane, product, unpack
 
 # transformers' names, in the models that have them; a model may define them in any order
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),  # Qwen3.5's delta nets
+    ("in_proj_qkvz", "in_proj_ba"),  # Qwen3-Next's
+)
 # `x @ self.dt_proj.weight`, say. What is only handed to a kernel for training, on a line of its own, or only asked for
 # its size or type, is not meant.
 _READ = re.compile(

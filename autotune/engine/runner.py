@@ -31,6 +31,8 @@ from .embedding import HostEmbedding
 from .rope import rope_of
 from .support import Unsupported
 
+AGAIN = 4  # tokens that go in again with the next pass at most: each count of tokens is recorded by itself. Chosen
+
 
 class Runner:
     """Feeds tokens to a model and its cache, and returns logits [tokens, vocab]."""
@@ -50,7 +52,9 @@ class Runner:
         self.mark: Mark | None = None
         self.stateful = bool(states_of(self.cache))
         self._kept: list[StateCopy] = []  # the states before what may be rolled back
-        self._since: list[torch.Tensor] | None = None  # what was fed since then
+        self._as_kept = False  # whether the states are those
+        self._since: list[torch.Tensor] | None = None  # what was fed since then, where it may be
+        self._again = self.text  # what stays of that, and goes in again before the next tokens
         taken = signature(type(model).forward).parameters
         self.argument = next((name for name in ("past_key_values", "cache_params") if name in taken), None)
         if self.argument is None:
@@ -62,12 +66,18 @@ class Runner:
 
     @property
     def room(self) -> int:
-        return room(self.cache)
+        return room(self.cache) - len(self._again)
 
     def feed(self, tokens: torch.Tensor, keep: int = 0) -> torch.Tensor:
         """The logits after each of `tokens` ([n], on the device), or after the last `keep` of them."""
+        if len(self._again):
+            keep, tokens = keep or len(tokens), torch.cat([self._again, tokens])
+            self._again = tokens[:0]
         if self.tokens and len(tokens) > self.alike:
             return self._feed_singly(tokens, keep)
+        return self._feed(tokens, keep)
+
+    def _feed(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
         if self._outgrown(tokens):
             return self._prefill_anew()
         return self._forward(tokens, keep)
@@ -112,6 +122,7 @@ class Runner:
     def fed(self, tokens: torch.Tensor) -> None:
         """Count what went into the cache."""
         self.tokens += len(tokens)
+        self._as_kept = False
         if self._since is not None:
             self._since.append(tokens)
 
@@ -162,11 +173,16 @@ class Runner:
         At least the last token is left to be fed: its logits are not kept.
         """
         held, self.held = self.held, []
+        self._let_go()
         if len(prompt) > self.seen or (self.rope is not None and not self._as_fresh(len(prompt))):
             return 0
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, prompt[:-1], strict=False)))
         self.tokens = resume(self.cache, common, len(held), chunk, self.mark)
         return self.tokens
+
+    def _let_go(self) -> None:
+        """Of what an earlier request could have rolled back."""
+        self._as_kept, self._again = False, self._again[:0]
 
     def _as_fresh(self, length: int) -> bool:
         """Whether what is held was rotated as a fresh start would for a prompt of so many tokens."""
@@ -185,11 +201,17 @@ class Runner:
     def keep(self) -> None:
         """What is fed from here on may be rolled back: a copy of each state is kept, which takes its memory once more.
 
-        Keys and values are forgotten by their number. A state cannot forget; it goes back to the copy and is fed again
-        what stays, in a pass of its own.
+        Keys and values are forgotten by their number. A state cannot forget; it goes back to the copy, and what stays
+        is fed again in one pass with what follows.
         """
-        if self.stateful:
-            self._kept, self._since = copy_states(self.cache, self._kept), []
+        if not self.stateful:
+            return
+        if len(self._again) > AGAIN:
+            self.feed(self._again[:0], keep=1)
+            self.settle()
+        if not self._as_kept:
+            self._kept = copy_states(self.cache, self._kept)
+        self._since = []
 
     def rollback(self, tokens: int) -> None:
         """Forget the newest `tokens` tokens; a model with states has to `keep` before it is fed them."""
@@ -199,8 +221,7 @@ class Runner:
             fed = torch.cat(since)
             self._forget(len(fed))
             go_back_to(self.cache, self._kept)
-            if tokens < len(fed):
-                self.feed(fed[: len(fed) - tokens], keep=1)
+            self._as_kept, self._again = True, fed[: len(fed) - tokens]
         else:
             self._forget(tokens)
         settle(self.cache)

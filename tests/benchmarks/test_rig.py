@@ -21,6 +21,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def hybrids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("rig")
+    rig.build(out, "tiny-hybrid", "tiny-hybrid", acceptance=0.8, device="cpu", seed=1)
+    return out
+
+
+@pytest.fixture(scope="module")
 def tables() -> tuple[torch.Tensor, torch.Tensor]:
     return rig.successors(VOCABULARY, 0.8, seed=1)
 
@@ -52,6 +59,13 @@ def agreement(model: PreTrainedModel, walk: torch.Tensor) -> float:
 def test_greedy_text_follows_the_planted_successors(pair, tables, role, dtype):
     model = load(pair / role, dtype)
     assert model.dtype == dtype
+    assert follows(generate(model), tables[role == "draft"]) == 1
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_a_hybrid_follows_the_planted_successors(hybrids, tables, role):
+    model = load(hybrids / role)
+    assert set(model.config.layer_types) == {"linear_attention", "full_attention"}
     assert follows(generate(model), tables[role == "draft"]) == 1
 
 

@@ -89,6 +89,24 @@ def test_the_kernel_reads_what_the_cache_would_dequantize(
     torch.testing.assert_close(got, expected.transpose(1, 2), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cache", ["static", "quantized-4"])
+def test_queries_that_do_not_fit_one_launch_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    torch.manual_seed(0)
+    whole = one_layer(cache, 256)
+    layer = whole.layers[0]
+    keys, values = torch.randn(2, 1, 2, 105, 16, device=DEVICE)
+    layer.update(keys[:, :, :100], values[:, :, :100])
+    settle(whole)
+    stored = torch.tensor([stored_tokens(whole)], device=DEVICE)
+    layer.lengths = Lengths(torch.tensor([100], device=DEVICE), stored, read=False)
+    layer.update(keys[:, :, 100:], values[:, :, 100:])
+    query = torch.randn(1, 5, 8, 16, device=DEVICE).transpose(1, 2)
+    at_once = attention.decode_attention(query, layer)
+    monkeypatch.setattr(attention, "WIDE", 8)
+    monkeypatch.setattr(attention, "WIDE_ROWS", 8)  # of four heads a KV head: two tokens
+    torch.testing.assert_close(attention.decode_attention(query, layer), at_once)
+
+
 @pytest.mark.parametrize("launch", ["eager", "graph"])
 @pytest.mark.parametrize("cache", ["static", "quantized-4"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])

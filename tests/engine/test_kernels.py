@@ -13,10 +13,13 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_next import modeling_qwen3_next
+
 from autotune.engine.cache import GROUP, QuantizedLayer
 from autotune.engine.embedding import HostEmbedding, lock_pages
-from autotune.engine.fusion import half_turned
-from autotune.engine.kernels import append, gather, normalize, rotate
+from autotune.engine.fusion import convolves, half_turned, is_delta_rule
+from autotune.engine.kernels import append, convolve, delta_rule, gather, normalize, normalize_gated, rotate
 from autotune.engine.support import Unsupported
 from tests.tiny_models import tiny, tokens
 
@@ -54,6 +57,54 @@ def test_normalized_rows(width: int, offset: float) -> None:
     weight = torch.randn(width, device=DEVICE)
     expected = torch.nn.functional.rms_norm(states, (width,), weight + offset, 1e-5)
     torch.testing.assert_close(normalize(states, weight, offset, 1e-5), expected)
+
+
+@pytest.mark.parametrize("width", [96, 128])
+def test_normalized_rows_through_a_gate(width: int) -> None:
+    torch.manual_seed(0)
+    states, gate = torch.randn(2, 5, 2 * width, device=DEVICE)[..., :width]
+    weight = torch.randn(width, device=DEVICE)
+    expected = torch.nn.functional.rms_norm(states, (width,), weight, 1e-6) * torch.nn.functional.silu(gate)
+    torch.testing.assert_close(normalize_gated(states, gate, weight, 1e-6), expected)
+
+
+@pytest.mark.parametrize("file", [modeling_qwen3_next, modeling_qwen3_5])
+def test_the_delta_rule_and_the_convolution_of_a_models_file_are_known(file) -> None:
+    assert is_delta_rule(file.torch_recurrent_gated_delta_rule)
+    assert is_delta_rule(file.torch_chunk_gated_delta_rule)
+    assert convolves(file.causal_conv1d_update)
+    assert not is_delta_rule(lambda *args, **kwargs: (args[2], kwargs["initial_state"]))
+    assert not convolves(lambda inputs, *args: inputs)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize(("key_heads", "heads", "dim", "width"), [(2, 4, 16, 32), (3, 3, 24, 40), (16, 32, 128, 128)])
+def test_a_delta_nets_steps_are_those_of_the_model(count, key_heads, heads, dim, width) -> None:
+    torch.manual_seed(0)
+    mixed = torch.randn(1, (2 * key_heads * dim + heads * width), count, device=DEVICE).transpose(1, 2)
+    parts = mixed.split([key_heads * dim, key_heads * dim, heads * width], dim=-1)
+    query, key, value = (part.reshape(1, count, -1, size) for part, size in zip(parts, (dim, dim, width), strict=True))
+    g, beta = -torch.rand(1, count, heads, device=DEVICE), torch.rand(1, count, heads, device=DEVICE)
+    state = torch.randn(1, heads, dim, width, device=DEVICE)
+    words = {"g": g, "beta": beta, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    expected, after = modeling_qwen3_5.torch_recurrent_gated_delta_rule(
+        query, key, value, initial_state=state.clone(), **words
+    )
+    place = state.data_ptr()
+    torch.testing.assert_close(delta_rule(query, key, value, g, beta, state), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, after, rtol=1e-4, atol=1e-5)
+    assert state.data_ptr() == place
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolutions_next_output_and_state(bias: bool) -> None:
+    torch.manual_seed(0)
+    inputs, state = torch.randn(1, 200, 1, device=DEVICE), torch.randn(1, 200, 4, device=DEVICE)
+    weight, shift = torch.randn(200, 4, device=DEVICE), torch.randn(200, device=DEVICE) if bias else None
+    held = state.clone()
+    expected = modeling_qwen3_5.causal_conv1d_update(inputs, held, weight, shift, "silu")
+    torch.testing.assert_close(convolve(inputs, state, weight, shift), expected)
+    assert torch.equal(state, held)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "count"), [(8, 2, 64, 1), (4, 4, 24, 5)])

@@ -19,9 +19,11 @@ from transformers import (
 )
 
 from autotune.config import Configuration, LoadGroup
+from autotune.engine import runner as runner_module
 from autotune.engine.cache import copy_states, go_back_to, make_cache, states_of, stored_bytes
 from autotune.engine.decode import Engine
 from autotune.engine.net import check_steps
+from autotune.engine.runner import AGAIN
 from autotune.engine.support import Unsupported
 from tests.tiny_models import VOCABULARY, draft_of, tokens
 
@@ -208,3 +210,40 @@ def test_recorded_steps_keep_the_states_that_eager_ones_do(model, words):
         engine = Engine(here, None, GROUP, "cuda:0")
         said += [engine.generate(tokens(40, seed), configuration, NEW).tokens for seed in (0, 1)]
     assert said[:2] == said[2:]
+
+
+def test_what_stays_of_a_verification_goes_in_again_with_the_next_pass(model, monkeypatch):
+    """Not in a pass of its own; the states are copied again only after they have moved on."""
+    engine = Engine(model, None, GROUP, "cpu")
+    words = Configuration(weights="fp32", lm_head="fp32")
+    plain, runner = (engine._runner("target", words, 100, (1, 4))[0] for _ in range(2))
+    if runner.singly:
+        pytest.skip("each token is a pass of its own")
+    text = torch.tensor(tokens(30))
+    passes, copies = [], []
+    forward, copy = runner._forward, runner_module.copy_states
+    monkeypatch.setattr(runner, "_forward", lambda fed, keep: passes.append(len(fed)) or forward(fed, keep))
+    monkeypatch.setattr(runner_module, "copy_states", lambda *args: copies.append(1) or copy(*args))
+    runner.feed(text[:10], keep=1)
+    runner.keep()
+    runner.feed(torch.cat([text[10:12], text[:2]]))
+    runner.rollback(2)
+    assert (runner.tokens, passes, len(copies)) == (10, [10, 4], 1)
+    runner.keep()
+    said = runner.feed(torch.cat([text[12:13], text[:1]]))
+    assert said.shape[0] == 2
+    runner.rollback(1)
+    runner.keep()
+    assert len(copies) == 1
+    said = runner.feed(text[13:15])
+    runner.rollback(0)
+    plain.feed(text[:13], keep=1)
+    expected = torch.cat([plain.feed(token) for token in text[13:15].split(1)])
+    torch.testing.assert_close(said, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+    assert runner.tokens == 15
+    assert sum(passes[1:]) == 4 + 4 + 5  # 2 stay of the first, 3 of the second
+    for step in range(3):
+        runner.keep()
+        runner.feed(torch.cat([text[15 + 2 * step : 17 + 2 * step], text[:1]]))
+        runner.rollback(1)
+        assert len(runner._again) <= 2 + AGAIN

@@ -1,5 +1,6 @@
 """Triton alone, a file a kernel family; nothing else imports Triton, and who launches imports this when it does."""
 
+from .delta import FEW, convolve, delta_rule, normalize_gated
 from .int4 import _multiply as multiply
 from .int4 import _unpack as unpack
 from .int4 import assembly as weight_assembly
@@ -14,12 +15,16 @@ from .split_kv_int4_long import _part_int4_long as part_int4_long
 
 __all__ = [
     "CODE_ASSEMBLY",
+    "FEW",
     "OVERLAPS",
     "append",
     "combine",
+    "convolve",
+    "delta_rule",
     "gather",
     "multiply",
     "normalize",
+    "normalize_gated",
     "part",
     "part_int4",
     "part_int4_long",
