@@ -108,6 +108,17 @@ def test_recorded_steps_say_what_eager_ones_do(model, word):
             runner.rollback(len(step) // 2)
 
 
+def test_a_conversation_with_a_quantized_cache_goes_on_from_its_mark(model):
+    engine, words = Engine(model, None, GROUP, "cpu"), {"cache": "quantized-8", "prefill_chunk": 64}
+    first, cached = tokens(200), []
+    said = generate(model, first, words, 300, engine, 6).tokens
+    for prompt in (first + said + tokens(4, 1), first + tokens(9, 2)):
+        done = generate(model, prompt, words, 300, engine, 6)
+        cached.append(done.cached_tokens)
+        assert done.tokens == generate(model, prompt, words, new=6).tokens
+    assert (max(cached) > 0) == (getattr(model.config, "index_topk", 256) > 200)
+
+
 def test_a_conversation_says_what_fresh_starts_do(model):
     engine = Engine(model, None, GROUP, "cpu")
     first = tokens(30)

@@ -22,6 +22,7 @@ from autotune.config import Configuration, LoadGroup
 from autotune.engine import runner as runner_module
 from autotune.engine.cache import copy_states, go_back_to, make_cache, states_of, stored_bytes
 from autotune.engine.decode import Engine
+from autotune.engine.graph import StepRunner
 from autotune.engine.net import check_steps
 from autotune.engine.runner import AGAIN
 from autotune.engine.support import Unsupported
@@ -210,6 +211,18 @@ def test_recorded_steps_keep_the_states_that_eager_ones_do(model, words):
         engine = Engine(here, None, GROUP, "cuda:0")
         said += [engine.generate(tokens(40, seed), configuration, NEW).tokens for seed in (0, 1)]
     assert said[:2] == said[2:]
+
+
+def test_a_runner_that_is_used_again_has_forgotten_its_states(model):
+    """Recorded steps keep the memory of their cache from request to request; on a CPU they run as they are."""
+    runner = StepRunner(model, ("static", "graph", "sdpa", 256), "cpu", "device")
+    said = []
+    for seed in (0, 1, 0):
+        runner.start((1,))
+        runner.prefill(tokens(20, seed), 0)
+        said.append(torch.cat([runner.feed(torch.tensor([token])) for token in tokens(3, 2)]))
+    assert torch.equal(said[0], said[2])
+    assert not torch.allclose(said[0], said[1], atol=1e-2)
 
 
 def test_what_stays_of_a_verification_goes_in_again_with_the_next_pass(model, monkeypatch):
