@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RECORDED = BENCHMARKS / "recorded"
-NAMES = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("__init__", "prepare"))
+NAMES = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("__init__", "prepare", "tiny_types"))
 DEVICE = re.compile(r"\b(H200|Xeon|Zen|CPU|cpu|cuda)\b")
 
 
