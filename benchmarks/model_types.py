@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import click
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from autotune.config import Configuration, LoadGroup
@@ -36,7 +35,7 @@ from autotune.model.calibration import DEFAULT, predict
 from autotune.model.folder import PlanError, check_folder
 from autotune.model.refused import check_type, word_refusals
 from autotune.model.shape import ModelShape, read_shape
-from benchmarks.tiny_types import SPECIAL, VOCABULARY, tiny_config, tiny_model
+from benchmarks.tiny_types import SPECIAL, VOCABULARY, factory, tiny_config, tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 NEW_TOKENS = 24
@@ -83,12 +82,13 @@ GPU makes of it.
 - **dynamic**, **static**, **prompt-lookup**, **chunks** of the prompt, **own draft** (the model drafts for itself):
   greedy text is that of stock `generate`.
 - **quantized-4**: greedy text through the 4-bit cache is the same with prompt lookup as without.
-- **quanto-int4**, **bnb-nf4**: the 4-bit weights load and give finite logits.
+- **quanto-int4**, **bnb-nf4**: the 4-bit weights load and give finite logits. Types that may have experts have them
+  here, as most of their weights; models of such a type without experts take 4 bits.
 
 `Y`: it holds. `refused`: `autotune plan` says so before a weight is read. `WRONG` and `crash` are faults of autotune;
 `unknown`: stock transformers gives no answer to compare with. What then was not tried has a dash. The numbers are those
-of the reasons below the tables. Types with an encoder, for audio or for captions of pictures are left out, and so are
-drafts that read their target's states.
+of the reasons below the tables. Of a multimodal type the text runs; gemma3n's is `gemma3n_text`. Types with an encoder,
+for audio or for captions of pictures are left out, and so are drafts that read their target's states.
 
 ## Common on cards of 8 to 24 GB
 
@@ -114,34 +114,25 @@ class Cell(NamedTuple):
 Row = dict[str, Cell]  # by column; a type that is refused, or unknown, has but the first
 
 
-def check(kind: str, folder: Path, columns: tuple[str, ...] = COLUMNS) -> Row:
+def check(kind: str, folder: Path) -> Row:
     """The row of a type, whose tiny checkpoint is written to the folder."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         tiny_config(kind).save_pretrained(folder)
         try:
             check_type(folder)
-        except PlanError as error:
-            return {"plan": _refused(error, folder)}
-        try:
             stock = _Stock(kind, folder)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the type has a row
-            return {"plan": Cell("unknown", f"stock transformers fails on it here: {_words(error)}")}
-        return _Checks(folder, stock).row(columns)
+            check_folder(folder)
+            return _Checks(folder, stock, read_shape(folder)).row()
+        except PlanError as error:
+            said = str(error).replace(f"{folder}/", "").replace(f"{folder}: ", "").replace(str(folder), "the folder")
+            return {"plan": Cell("refused", said)}
+        except _NoAnswer as error:
+            return {"plan": Cell("unknown", f"stock transformers fails on it here: {error}")}
 
 
-def _attempt(folder: Path, call: Callable[[], Cell]) -> Cell:
-    try:
-        return call()
-    except (PlanError, Unsupported) as error:
-        return _refused(error, folder)
-    except Exception as error:  # noqa: BLE001 - a fault is a cell
-        return Cell("crash", _words(error))
-
-
-def _refused(error: Exception, folder: Path) -> Cell:
-    said = str(error).replace(f"{folder}/", "").replace(str(folder), "the folder")
-    return Cell("refused", " ".join(said.split()))
+class _NoAnswer(Exception):
+    """Stock transformers cannot make, load or run the tiny model."""
 
 
 def _words(error: Exception) -> str:
@@ -159,13 +150,21 @@ class _Stock:
     """What stock transformers says: the greedy text, and the logits [NEW_TOKENS, vocabulary] that it was chosen by."""
 
     def __init__(self, kind: str, folder: Path) -> None:
+        try:
+            self._generate(kind, folder)
+        except Exception as error:  # whatever it is, the type has a row
+            raise _NoAnswer(_words(error)) from error
+
+    def _generate(self, kind: str, folder: Path) -> None:
         self.tokens: list[int] = []
         for draw in DRAWS:
             tiny_model(kind, *draw).save_pretrained(folder)
             self.attention = usual_attention(folder)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=self.attention, local_files_only=True
-            ).eval()
+            model = (
+                factory(kind)
+                .from_pretrained(folder, dtype=torch.float32, attn_implementation=self.attention, local_files_only=True)
+                .eval()
+            )
             model.generation_config.eos_token_id = None
             ids = torch.tensor([_prompt(SHORT)])
             made = model.generate(
@@ -195,18 +194,30 @@ def _judged(said: list[int], wanted: list[int], logits: torch.Tensor) -> Cell:
 
 
 class _Checks:
-    def __init__(self, folder: Path, stock: _Stock) -> None:
-        self.folder, self.stock = folder, stock
+    def __init__(self, folder: Path, stock: _Stock, shape: ModelShape) -> None:
+        self.folder, self.stock, self.shape = folder, stock, shape
         self.base = {"weights": "fp32", "lm_head": "fp32", "attention": stock.attention}
         self.engine: Engine | None = None
-        self.shape: ModelShape | None = None
+        refused = word_refusals(shape)
+        self.planned = refused["cache"] | refused.get("weights", {})  # the reason, by the word and so by the column
 
-    def row(self, columns: tuple[str, ...]) -> Row:
+    def row(self) -> Row:
         calls: dict[str, Callable[[], Cell]] = {"plan": self._plan}
         calls |= {name: lambda knobs=knobs: self._text(self._loaded(), **knobs) for name, knobs in KNOBS.items()}
         calls |= {"quantized-4": self._quantized, "own draft": self._own_draft}
         calls |= {word: lambda word=word: self._four_bits(word) for word in WEIGHTS}
-        return {name: _attempt(self.folder, calls[name]) for name in columns}
+        return {name: self._cell(self.planned.get(name, ""), calls[name]) for name in COLUMNS}
+
+    def _cell(self, planned: str, call: Callable[[], Cell]) -> Cell:
+        try:
+            cell = call()
+        except Unsupported as error:
+            if planned:
+                return Cell("refused", re.sub(r"\d+%", "most", planned))  # a share of the tiny model
+            return Cell("WRONG", f"the plan allows what the engine refuses: {_words(error)}")
+        except Exception as error:  # noqa: BLE001 - a fault is a cell
+            return Cell("crash", _words(error))
+        return Cell("WRONG", f"the plan refuses what the engine runs: {planned}") if planned else cell
 
     def _loaded(self) -> Engine:
         if self.engine is None:
@@ -214,8 +225,6 @@ class _Checks:
         return self.engine
 
     def _plan(self) -> Cell:
-        check_folder(self.folder)
-        self.shape = read_shape(self.folder)
         c = Configuration(**self.base)
         owners = predict(self.shape, None, c, SHORT, NEW_TOKENS - 1, "cpu", DEFAULT["cpu"]).owners  # one is not fed
         engine = self._loaded()
@@ -244,16 +253,8 @@ class _Checks:
         return self._text(Engine.load(str(self.folder), LoadGroup(**self.base, **drafted), "cpu"), **drafted, depth=3)
 
     def _four_bits(self, word: str) -> Cell:
-        planned = word_refusals(self.shape or read_shape(self.folder)).get("weights", {}).get(word, "")
         knobs = {"weights": word, "attention": self.stock.attention}
-        try:
-            engine = Engine.load(str(self.folder), LoadGroup(**knobs), "cpu")
-        except Unsupported as error:
-            if not planned:
-                return Cell("WRONG", f"the plan allows what the engine refuses: {error}")
-            return Cell("refused", re.sub(r"\d+%", "most", planned))  # a share of the tiny model
-        if planned:
-            return Cell("WRONG", "the plan refuses what the engine loads")
+        engine = Engine.load(str(self.folder), LoadGroup(**knobs), "cpu")
         logits = engine.score(_prompt(SHORT), self.stock.tokens, Configuration(**knobs), 1)
         return Cell("Y") if logits.isfinite().all() else Cell("WRONG", "logits are not finite")
 
@@ -314,8 +315,9 @@ def page(rows: dict[str, Row]) -> str:
 @click.command()
 @click.argument("kinds", metavar="[TYPE]...", nargs=-1)
 @click.option("--limit", default=120.0, show_default=True, help="seconds for a type")
-@click.option("--write", is_flag=True, help="write docs/models.md; of all types only")
-def main(kinds: tuple[str, ...], limit: float, write: bool) -> None:
+@click.option("--kept", type=click.Path(path_type=Path, exists=True), help="an earlier output, for the types not named")
+@click.option("--write", is_flag=True, help="write docs/models.md")
+def main(kinds: tuple[str, ...], limit: float, kept: Path | None, write: bool) -> None:
     """What runs of each model type; the last line is one JSON object.
 
     Example: python -m benchmarks.model_types llama mamba2
@@ -323,19 +325,20 @@ def main(kinds: tuple[str, ...], limit: float, write: bool) -> None:
     unknown = sorted(set(kinds) - set(TYPES))
     if unknown:
         raise click.UsageError(f"{unknown[0]} is no decoder-only type of transformers {transformers.__version__}")
-    if write and kinds:
-        raise click.UsageError("--write is for all types: name none")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows: dict[str, Row] = {}
+    earlier = json.loads(kept.read_text().splitlines()[-1])["rows"] if kept else {}
+    rows = {kind: {name: Cell(*cell) for name, cell in row.items()} for kind, row in earlier.items()}
+    if write and {*rows, *(kinds or TYPES)} != set(TYPES):
+        raise click.UsageError("--write is for all types: name none, or give the others' rows with --kept")
     click.echo(f"{'':<26}" + "".join(f"{name:<15}" for name in COLUMNS))
-    for kind in kinds or TYPES:
+    for number, kind in enumerate(kinds or TYPES, 1):
         rows[kind] = checked_apart(kind, limit)
         cells = [rows[kind].get(name, Cell("-")) for name in COLUMNS]
         click.echo(f"{kind:<26}" + "".join(f"{cell.status:<15}" for cell in cells))
         for reason in dict.fromkeys(cell.reason for cell in cells if cell.reason):
             click.echo(f"  {reason}")
-        click.echo(f"{len(rows)} of {len(kinds or TYPES)}", err=True)
+        click.echo(f"{number} of {len(kinds or TYPES)}", err=True)
     if write:
         PAGE.write_text(page(rows), encoding="utf-8")
     counts = {name: Counter(row[name].status for row in rows.values() if name in row) for name in COLUMNS}

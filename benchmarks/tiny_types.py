@@ -24,7 +24,7 @@ _SIZES = {
     "intermediate_size ffn_dim n_inner dff ffn_hidden_size intermediate_size_mlp dense_intermediate_size": 96,
     "shared_intermediate_size prefix_dense_intermediate_size": 96,
     "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size": 32,
-    "expert_ffn_hidden_size": 32,
+    "expert_ffn_hidden_size shared_experts_intermediate_size": 32,
     "num_hidden_layers n_layer n_layers num_layers": LAYERS,
     "num_attention_heads n_head n_heads num_heads attention_heads swa_num_attention_heads": 4,
     "num_key_value_heads swa_num_key_value_heads": 2,
@@ -48,7 +48,7 @@ _SIZES = {
     "mamba_chunk_size chunk_size": 16,
     "index_head_dim": 16,
     "index_n_heads": 2,
-    "index_topk": 8,
+    "index_topk": 32,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -143,10 +143,10 @@ TYPES: dict[str, dict[str, Any]] = {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
-        "indexer_budget": 8,
+        "indexer_budget": 32,
         "indexer_compress_ratio": 4,
     },
-    "zaya": {"num_experts_per_tok": 1},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 _TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "depth": 1, "num_heads": 2}
 _TOWER |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "out_hidden_size": 64}
@@ -163,7 +163,8 @@ def tiny_config(kind: str) -> PreTrainedConfig:
         for name, part in parts.items()
         if part is not None
     }
-    return AutoConfig.for_model(kind, **given, **(_sizes(kind, default) if text is default else TYPES.get(kind, {})))
+    given |= _sizes(kind, default) if text is default else TYPES.get(kind, {})
+    return AutoConfig.for_model(kind, **given)
 
 
 def _tower(config: PreTrainedConfig) -> dict[str, Any]:
@@ -186,6 +187,11 @@ def _sizes(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
     return sizes | TYPES.get(kind, {})
 
 
+def factory(kind: str) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
+    """What transformers loads a whole checkpoint of the type with."""
+    return AutoModelForImageTextToText if kind in MULTIMODAL else AutoModelForCausalLM
+
+
 def tiny_model(
     kind: str, spread: float = 0.02, gain: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
@@ -194,10 +200,9 @@ def tiny_model(
     Nothing that starts as zeros or ones stays so, as a fault in it would not be seen.
     """
     config = tiny_config(kind)
-    factory = AutoModelForImageTextToText if kind in MULTIMODAL else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = factory.from_config(config, dtype=dtype).eval()
+        model = factory(kind).from_config(config, dtype=dtype).eval()
         tables = {id(model.get_input_embeddings().weight)}
         head = model.get_output_embeddings()
         tables |= {id(head.weight)} if head is not None else set()
