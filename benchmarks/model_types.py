@@ -44,7 +44,7 @@ TIE = 1e-4  # of the logits' deviation; float32 leaves about 1e-5 open
 CLOSE = 0.05  # share by which predicted bytes may be off: set by us
 WEIGHTS = ("quanto-int4", "bnb-nf4")
 # The deviations of a tiny model's tables and the gains of its layers, tried until its text has VARIETY words.
-DRAWS, VARIETY = ((0.02, 2.0), (0.5, 1.0), (0.1, 1.5), (0.02, 4.0)), 6
+DRAWS, VARIETY = ((0.02, 2.0), (0.5, 1.0), (0.1, 1.5), (0.5, 4.0), (0.0002, 4.0)), 6
 
 KNOBS: dict[str, dict[str, Any]] = {
     "dynamic": {},

@@ -212,6 +212,6 @@ def tiny_model(
                     parameter.normal_(0, spread)
                 elif parameter.ndim < 2:
                     parameter.add_(torch.randn_like(parameter), alpha=0.05)
-                elif parameter.std() < 0.06:  # others mean something, as Mamba's rates of decay
+                elif parameter.std() < 0.1:  # others mean something, as Mamba's rates of decay
                     parameter.normal_(0, gain / math.sqrt(parameter.shape[-1]))
     return model
