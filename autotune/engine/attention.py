@@ -37,10 +37,8 @@ LONG_PROGRAMS = 128  # of a launch then, for every ROWS query rows: one a multip
 ROWS, WARPS, STAGES = 16, 4, 3  # query rows, warps and pipeline stages of such a program; 32, 2 and 8, 2 and 4 lost
 OVERLAP = True  # the combining kernel is launched before the reading one has ended: 360 tokens/s at 16k, 357 without
 
-WIDE, WIDE_ROWS = (
-    128,
-    64,
-)  # channels beyond which a launch takes so few query rows: 128 do not fit a Hopper's shared memory
+WIDE = 128  # channels of a head beyond which a launch takes WIDE_ROWS query rows at most
+WIDE_ROWS = 64  # as 128 of 256 channels do not fit a Hopper's shared memory
 LOG2_E = 1.4426950408889634  # the kernels take powers of 2 where softmax takes those of e
 FULL, FLOAT8 = 0, 16  # the kernels' words for a layer's storage; the others are bits per stored value
 
@@ -190,11 +188,12 @@ def decode_attention(
     lengths = layer.lengths
     group = query.shape[1] // layer.keys.shape[1]
     each = query.shape[2] if query.shape[3] <= WIDE else max(1, WIDE_ROWS // group)
-    parts, held = [], lengths.tokens
-    for queries in query.split(each, dim=2):
+    parts = []
+    for begin in range(0, query.shape[2], each):
+        held = lengths.tokens + begin if begin else lengths.tokens  # no launch for what is nearly always one part
         lengths_and_words = (held, lengths.stored, scale, window or 0, kind)
+        queries = query[:, :, begin : begin + each]
         parts.append(_split_kv(queries, layer.keys, layer.values, *stored, *lengths_and_words))
-        held = held + each
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

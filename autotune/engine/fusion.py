@@ -23,6 +23,7 @@ from torch.nn import functional
 ROTARY = "apply_rotary_pos_emb"
 DELTA_RULES = ("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule")  # for one token, and for several
 CONVOLUTION = "causal_conv1d_update"
+_RULE = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}  # as models ask for the delta rule
 _CLOSE = 2e-2  # of the largest value, for a unit normal in bfloat16: about five of its steps; chosen, not measured
 
 
@@ -173,9 +174,6 @@ def is_delta_rule(rule: Callable[..., Any]) -> bool:
         state = state + torch.einsum("bhk,bhv->bhkv", key[:, token], change)
         expected.append(torch.einsum("bhkv,bhk->bhv", state, query[:, token]) * 8**-0.5)
     return torch.allclose(output, torch.stack(expected, 1), atol=1e-4) and torch.allclose(after, state, atol=1e-4)
-
-
-_RULE = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
 
 
 def _delta_rule(

@@ -54,7 +54,7 @@ class Runner:
         self._kept: list[StateCopy] = []  # the states before what may be rolled back
         self._as_kept = False  # whether the states are those
         self._since: list[torch.Tensor] | None = None  # what was fed since then, where it may be
-        self._again = self.text  # what stays of that, and goes in again before the next tokens
+        self._again = torch.empty_like(self.text)  # what stays of that, and goes in again before the next tokens
         taken = signature(type(model).forward).parameters
         self.argument = next((name for name in ("past_key_values", "cache_params") if name in taken), None)
         if self.argument is None:

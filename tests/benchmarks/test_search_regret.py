@@ -429,7 +429,6 @@ choices = ["dynamic", "static"]
 
 def test_the_bundled_pair_is_swept_in_two_goes_and_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autotune.trial.trials._unsteady", lambda figures, drift: "")  # however busy this machine is
-    monkeypatch.setattr("autotune.trial.trials._CARE", (2, 0.0))  # rounds: how sure the figures are is not the question
     (tmp_path / "space.toml").write_text(SPACE)
     out, packed = tmp_path / "sweep.jsonl", tmp_path / "sweep.jsonl.gz"
     options = ["--space", str(tmp_path / "space.toml"), "--contexts", "64", "--new-tokens", "4", "--out", str(out)]

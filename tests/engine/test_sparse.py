@@ -84,7 +84,6 @@ def test_a_quantized_cache_gives_one_text_with_speculation_and_without(model, wo
     plain = generate(model, prompt, {"cache": word})
     for words in ({"draft": "prompt-lookup", "depth": 3}, {"draft": "a model", "depth": 3, "draft_weights": "fp32"}):
         assert generate(model, prompt, {"cache": word, **words}).tokens == plain.tokens
-    runner = Runner(model, word, 200, "cpu", "device")
     exact, stored = (Runner(model, each, 200, "cpu", "device") for each in ("dynamic", word))
     for runner in (exact, stored):
         runner.prefill(prompt, 0)

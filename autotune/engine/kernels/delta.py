@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 
 FEW = 16  # new tokens at most: more are a prompt's, which are computed in chunks. Chosen, not measured
-BLOCK = (
-    32  # columns of a head's state that a program holds: 128 programs for the 32 heads of a 9B. Chosen, not measured
-)
+BLOCK = 32  # columns of a head's state that a program holds: 128 programs for a 9B's 32 heads. Chosen, not measured
 EPSILON = 1e-6  # beside the squares of a query's or key's length, as transformers has it
 
 
